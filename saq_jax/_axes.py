@@ -1,0 +1,50 @@
+"""Gradients over a mapped axis: each device's own, or the mean, never a sum behind our back."""
+
+import jax
+from jax import Array
+
+from saq_jax._paths import PyTree
+
+
+def mean(tree: PyTree, axis_name: str | None) -> PyTree:
+  """The mean over a mapped axis, as one collective; the tree itself where there is none."""
+  return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def shared(tree: PyTree, axis_name: str | None) -> PyTree:
+  """The mean over a mapped axis, with which each device can go on as its own."""
+  if axis_name is None:
+    return tree
+  own = _varies(jax.lax.axis_index(axis_name), axis_name)
+  common = mean(tree, axis_name)
+  return jax.tree.map(lambda x: _as_varying(x, axis_name), common) if own else common
+
+
+def per_device(updates: PyTree, params: PyTree, axis_name: str | None) -> tuple[PyTree, PyTree]:
+  """Marks params as each device's own, so that no gradient is summed behind our back.
+
+  In `jax.shard_map` the gradient with respect to a value that is the same on all devices is
+  summed over them by JAX itself: it would come out N times too large.
+  """
+  if axis_name is None or not _varies(jax.lax.axis_index(axis_name), axis_name):
+    return updates, params
+  if not all(_varies(g, axis_name) for g in jax.tree.leaves(updates)):
+    raise ValueError(
+      f'axis_name={axis_name!r}: each device must give its own gradient, but JAX has summed it '
+      f'over {axis_name!r} already. Before jax.grad, mark params as varying: '
+      f"params = jax.lax.pcast(params, {axis_name!r}, to='varying')."
+    )
+  return updates, jax.tree.map(lambda x: _as_varying(x, axis_name), params)
+
+
+def _varies(x: Array, axis_name: str) -> bool:
+  """Whether a value inside `jax.shard_map` may differ between the devices of an axis."""
+  kind = jax.typeof(x)
+  # JAX 0.10 renamed `vma`. Were a default put here, the next renaming would go unseen.
+  varying = kind.vma if hasattr(kind, 'vma') else kind.manual_axis_type.varying
+  return axis_name in varying
+
+
+def _as_varying(x: Array, axis_name: str) -> Array:
+  """`x`, typed as one that may differ between the devices of an axis."""
+  return x if _varies(x, axis_name) else jax.lax.pcast(x, axis_name, to='varying')

@@ -1,0 +1,1 @@
+"""What was trained, in figures: BOPs and size, sharpness, tables and plots."""

@@ -1,0 +1,1 @@
+"""Networks in Flax Linen, one file a family."""
