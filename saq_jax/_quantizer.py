@@ -56,10 +56,14 @@ class Quantizer(abc.ABC):
     Returns:
       A positive array (shape: see `axis`), of float32 or x's dtype if that is wider; None where
       there is nothing to learn. An all-zero tensor gives ones.
+
+    Raises:
+      TypeError: if `x` is not floating.
+      ValueError: if `axis` is not an axis of `x`.
     """
     if not self.has_scale:
       return None
-    x = jnp.asarray(x, ste.compute_dtype(x))
+    x = jnp.asarray(ste.floating(x, self), ste.compute_dtype(x))
     scale = self._init(x, ste.reduced_axes(x, self.axis))
     return jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1.0)
 

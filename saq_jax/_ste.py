@@ -62,6 +62,11 @@ positive.defvjp(
 )
 
 
+def grid_step(n: int, clip: Array) -> Array:
+  """`clip / n` as a product, which XLA would make of a division, but only where it compiles."""
+  return clip * (1 / n)
+
+
 def standardize(x: Array, axes: tuple[int, ...] | None) -> Array:
   """`(x - mean) / std` with detached statistics, ddof 1; std counts as 1 where it is 0."""
   wide = jax.lax.stop_gradient(x).astype(compute_dtype(x))
@@ -138,7 +143,7 @@ def clipped_codes(signed: bool, n: int, x: Array, clip: Array) -> Array:
 
 def clipped_values(signed: bool, n: int, codes: Array, clip: Array) -> Array:
   """The value of each code 0 to n."""
-  return (2 * codes - n if signed else codes) * (clip / n)
+  return (2 * codes - n if signed else codes) * grid_step(n, clip)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -178,7 +183,7 @@ def pact_codes(signed: bool, n: int, x: Array, clip: Array) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def pact(signed: bool, n: int, x: Array, clip: Array) -> Array:
   """PACT with its published gradients."""
-  return (pact_codes(signed, n, x.astype(clip.dtype), clip) * (clip / n)).astype(x.dtype)
+  return (pact_codes(signed, n, x.astype(clip.dtype), clip) * grid_step(n, clip)).astype(x.dtype)
 
 
 def _pact_fwd(signed: bool, n: int, x: Array, clip: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -157,7 +157,9 @@ def calibrate(
     *inputs: the arguments of `model.apply`: one batch.
     into: the parameters to put the scales into, where those are not `variables['params']`: the
       latent ones, while the model computes with quantized ones.
-    **kwargs: the keyword arguments of `model.apply`, e.g. `train=False`.
+    **kwargs: the keyword arguments of `model.apply`. A network with batch norms wants
+      `train=True`: quantization may change the size of the weights (LIQ's normalisation does),
+      and running statistics that were found before do not fit then. Here they do not move.
 
   Returns:
     The parameters with all their activation scales replaced.
@@ -171,7 +173,8 @@ def calibrate(
     >>> round(float(params['input']['quant_scale']), 4)  # 2 mean|x| / sqrt(255)
     0.1252
   """
-  _, found = model.apply(variables, *inputs, mutable=['calibration'], **kwargs)
+  moving = ['calibration', *(name for name in variables if name != 'params')]
+  _, found = model.apply(variables, *inputs, mutable=moving, **kwargs)
   params = traverse_util.flatten_dict(variables['params'] if into is None else into)
   scales = traverse_util.flatten_dict(found.get('calibration', {}))
   like = {path: jnp.asarray(scale, params[path].dtype) for path, scale in scales.items()}

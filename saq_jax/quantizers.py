@@ -42,7 +42,8 @@ class LSQ(Quantizer):
 
   The first scale: `init_by='mean'`, as published, `s = 2 mean|x| / sqrt(Q_p)`; or
   `'least_squares'`, the fixed point of `s <- <x, q> / <q, q>` with `q = round(clip(x/s, ...))`,
-  which is a least-squares fit of the grid (until s changes by less than 1e-5 of itself).
+  which is a least-squares fit of the grid, from `s = max|x| / Q_p` until s changes by less than
+  1e-5 of itself.
 
   Example:
     >>> import jax.numpy as jnp
@@ -56,7 +57,8 @@ class LSQ(Quantizer):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if isinstance(self.grad_scale, str) and self.grad_scale not in ('scale', 'tensor', 'feature'):
+    named = self.grad_scale in ('scale', 'tensor', 'feature')
+    if not named and not isinstance(self.grad_scale, int | float):
       raise ValueError(
         f"LSQ(grad_scale={self.grad_scale!r}): take 'scale', 'tensor', 'feature' or a number."
       )
@@ -82,10 +84,11 @@ class LSQ(Quantizer):
 
   def _init(self, x: Array, axes: tuple[int, ...] | None) -> Array:
     keep = axes is not None
-    scale = 2 * jnp.mean(jnp.abs(x), axes, keepdims=keep) / self.bounds[1] ** 0.5
     if self.init_by == 'mean':
-      return scale
-    return ste.least_squares_scale(x, jnp.where(scale > 0, scale, 1.0), self.bounds, axes)
+      return 2 * jnp.mean(jnp.abs(x), axes, keepdims=keep) / self.bounds[1] ** 0.5
+    # From the published start the iteration would stop far above the best scale at 8 bits.
+    widest = jnp.max(jnp.abs(x), axes, keepdims=keep) / self.bounds[1]
+    return ste.least_squares_scale(x, jnp.where(widest > 0, widest, 1.0), self.bounds, axes)
 
   def _fake(self, x: Array, scale: Array) -> Array:
     return ste.lsq(self.bounds, self._gradient_factor(x, scale), x, scale)
@@ -197,7 +200,7 @@ class PACT(_Clipped):
     return ste.pact_codes(self.signed, self._steps, x, scale)
 
   def _values(self, codes: Array, scale: Array) -> Array:
-    return codes * (scale / self._steps)
+    return codes * ste.grid_step(self._steps, scale)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,4 +234,5 @@ class DoReFa(LIQ):
       return x
     t = jnp.tanh(x.astype(ste.compute_dtype(x)))
     peak = jnp.max(jnp.abs(t), ste.reduced_axes(x, self.axis), keepdims=True)
-    return t / jnp.where(peak > 0, peak, 1.0)
+    # Below the floor the gradient through the maximum, of 1/peak^2, would overflow.
+    return t / jnp.where(peak > ste.MIN_SCALE, peak, 1.0)

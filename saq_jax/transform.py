@@ -129,6 +129,7 @@ def saq(
     Sharpness-Aware Minimization, arXiv 2010.01412; ASAM, arXiv 2102.11600.
   """
   _require_static(
+    quantize=quantize,
     case=case,
     adaptive=adaptive,
     accumulate_clean_grad=accumulate_clean_grad,
@@ -211,7 +212,8 @@ def qat(
     del extra
     _check_trees(updates, params)
     g, params = axes.per_device(updates, params, axis_name)
-    p = axes.mean(*jax.vjp(quantize, params)[1](g), axis_name)
+    (p,) = jax.vjp(quantize, params)[1](g)
+    p = axes.mean(p, axis_name)
     return _finish(state, p, p, jnp.zeros(()), optax.tree.norm(_wide(p)), None, None, True)
 
   return optax.GradientTransformationExtraArgs(_init, update_fn)
@@ -220,8 +222,8 @@ def qat(
 def _init(params: PyTree) -> SAQState:
   """The state before the first step."""
   del params
-  zero = jnp.zeros((), float)
-  return SAQState(jnp.zeros((), jnp.int32), zero, zero, zero, zero)
+  # One buffer a field: a buffer in two fields could not be donated.
+  return SAQState(jnp.zeros((), jnp.int32), *(jnp.zeros((), float) for _ in range(4)))
 
 
 def _perturb(

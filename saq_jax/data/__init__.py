@@ -1,1 +1,1 @@
-"""Datasets, the host pipeline and on-device augmentation; importing this package loads none of them."""
+"""Datasets, the host pipeline, on-device augmentation; importing this package loads none of it."""

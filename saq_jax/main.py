@@ -1,0 +1,153 @@
+"""The command line: flags, the work directory, and one line for whatever is wrong."""
+
+import hashlib
+import json
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_dict
+
+from saq_jax._version import __version__
+from saq_jax.training.config import ConfigError, ExperimentConfig
+from saq_jax.training.parsing import default_config, parse, to_json
+from saq_jax.training.workdir import WorkdirError, claim
+
+HELP = """\
+Trains a network at full precision, then quantized, without and with SAQ, and reports on it.
+
+usage: python -m saq_jax.main [--config FILE] [--workdir DIR] [--config.KEY=VALUE ...]
+
+  --config FILE       an experiment, such as configs/digits_2bit.py; without it, the digits at
+                      4 bits. A config is Python code and is run: use files you trust.
+  --workdir DIR       where checkpoints, metrics and the report go. Default: runs/NAME-HASH, of
+                      the config. The same command goes on where a stopped run ended.
+  --config.KEY=VALUE  changes one setting, for instance:
+                        --config.saq.rho=0.2            the radius of the perturbation
+                        --config.saq.case=1             1, 2 or 3 (3 is SAQ)
+                        --config.quant.bits=3           of the weights; act_bits of activations
+                        --config.quant_stage.epochs=60  of each quantized stage
+                        --config.model.depth=20         6 n + 2
+                        --config.init_from=DIR          start from that run's weights
+                      All settings with their meaning: saq_jax/training/config.py.
+  --help              this text.
+
+Exit codes: 0 done, or stopped by a signal and saved; 1 diverged; 2 wrong input.
+"""
+
+
+class UsageError(ValueError):
+  """A command line that cannot be run; the message says what to change."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command line.
+
+  Args:
+    argv: the arguments after the program's name; those of the process by default.
+
+  Returns:
+    The exit code: 0, 1 or 2, as `--help` says.
+  """
+  arguments = list(sys.argv[1:] if argv is None else argv)
+  if any(a in ('--help', '-h', '-help', '--helpfull') for a in arguments):
+    print(HELP, end='')
+    return 0
+  try:
+    config, name, workdir = read_flags(arguments)
+    return _run(config, name, workdir)
+  except (UsageError, ConfigError, WorkdirError) as error:
+    return _fail(error, 2)
+
+
+def read_flags(arguments: Sequence[str]) -> tuple[ExperimentConfig, str, str | None]:
+  """Reads the arguments.
+
+  Args:
+    arguments: those after the program's name.
+
+  Returns:
+    The experiment, its name, and the work directory if one was given.
+
+  Raises:
+    UsageError: for an unknown flag or argument, or a config file that is not there or fails.
+    ConfigError: for an unknown key, a wrong type or an impossible value.
+  """
+  given: dict[str, str] = {}
+  rest = list(arguments)
+  while rest:
+    flag, equals, text = rest.pop(0).partition('=')
+    name = flag.removeprefix('--')
+    if name == flag or not (name in ('config', 'workdir') or name.startswith('config.')):
+      raise UsageError(f'{flag!r} is not a flag of this program; see --help.')
+    if not equals and not rest:
+      raise UsageError(f'{flag} needs a value: {flag}=VALUE.')
+    given[name] = text if equals else rest.pop(0)
+  flags.FLAGS(['saq_jax.main'])  # the data pipeline's workers want absl's own flags parsed
+  path, workdir = given.pop('config', None), given.pop('workdir', None)
+  config = default_config() if path is None else _read_config(Path(path))
+  overrides = {name.removeprefix('config.'): text for name, text in given.items()}
+  return parse(config, overrides), 'digits_4bit' if path is None else Path(path).stem, workdir
+
+
+def _read_config(path: Path) -> config_dict.ConfigDict:
+  """Runs a config file's get_config()."""
+  if not path.is_file():
+    raise UsageError(f'--config={path}: there is no such file.')
+  try:
+    config = runpy.run_path(str(path))['get_config']()
+  except KeyError:
+    raise UsageError(f'--config={path}: it defines no get_config().') from None
+  except Exception as error:  # a config file is code: anything may come out of it
+    line = traceback.extract_tb(error.__traceback__)
+    where = next((f.lineno for f in reversed(line) if f.filename == str(path)), '?')
+    what = _first_line(error).split(' Other fields present')[0].lstrip('"\'')
+    raise UsageError(f'--config={path}, line {where}: {type(error).__name__}: {what}') from error
+  if not isinstance(config, config_dict.ConfigDict):
+    raise UsageError(f'--config={path}: get_config() must return a ConfigDict.')
+  return config
+
+
+def _run(config: ExperimentConfig, name: str, workdir: str | None) -> int:
+  """Takes the work directory, trains and reports."""
+  settings = to_json(config)
+  directory = claim(workdir or _default_workdir(name, settings), settings, __version__)
+  print(f'saq_jax {__version__}: {name}, in {directory}', flush=True)
+  # Now that the input is sound: these take seconds to import.
+  from saq_jax import experiment
+  from saq_jax.training.loop import DivergedError, PreemptedError
+  from saq_jax.training.signals import preemption
+
+  try:
+    with preemption() as stop:
+      experiment.run(config, name, directory, stop)
+  except PreemptedError as notice:
+    print(notice)
+  except DivergedError as error:
+    return _fail(error, 1)
+  return 0
+
+
+def _default_workdir(name: str, settings: object) -> str:
+  """runs/NAME-HASH: the same settings find their run again, others get a directory of their own."""
+  digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+  return os.path.join('runs', f'{name}-{digest[:8]}')
+
+
+def _first_line(error: BaseException) -> str:
+  """An exception as one line."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _fail(error: BaseException, code: int) -> int:
+  """Prints one line, and gives the exit code."""
+  print(f'saq_jax: {_first_line(error)}', file=sys.stderr)
+  return code
+
+
+if __name__ == '__main__':
+  sys.exit(main())

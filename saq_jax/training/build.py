@@ -1,0 +1,174 @@
+"""From settings to the objects that train: the network, its weight quantizer, the optimizer."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from saq_jax._paths import PyTree, is_quant_scale, path_name
+from saq_jax.models.preresnet import PreResNet
+from saq_jax.quantizers import LIQ, LSQ, PACT, DoReFa, Quantizer
+from saq_jax.training.config import (
+  ModelConfig,
+  QuantConfig,
+  QuantizerName,
+  SAQConfig,
+  StageConfig,
+)
+from saq_jax.transform import qat, saq
+from saq_jax.weights import QuantRule, WeightQuantizer, weight_quantizer
+
+FLOATING = QuantConfig(bits=None, act_bits=None, first_bits=None, last_bits=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A model and the quantizer of its weights; hashable, with no array in it.
+
+  Attributes:
+    model: called as `model.apply(variables, images, train=...)`.
+    quantize: of its parameters; the identity in a full-precision network.
+  """
+
+  model: nn.Module
+  quantize: WeightQuantizer
+
+
+def build_network(model: ModelConfig, quant: QuantConfig, num_classes: int) -> Network:
+  """Makes the network that the settings describe.
+
+  Args:
+    model: family and size.
+    quant: quantizers and bit-widths; `FLOATING` for full precision.
+    num_classes: outputs.
+
+  Returns:
+    The model and its weight quantizer.
+  """
+  net = PreResNet(
+    num_classes=num_classes,
+    depth=model.depth,
+    width=model.width,
+    act=_quantizer(quant.acts, quant.act_bits, signed=False),
+    last_act=_quantizer(quant.acts, quant.last_bits, signed=False),
+    dtype=jnp.dtype(model.dtype) if model.dtype != 'float32' else None,
+  )
+  rules = [
+    QuantRule(net.first_kernel, _quantizer(quant.weights, quant.first_bits, normalize=True)),
+    QuantRule(net.last_kernel, _quantizer(quant.weights, quant.last_bits)),
+    QuantRule(r'.*/kernel', _quantizer(quant.weights, quant.bits, normalize=True)),
+  ]
+  return Network(net, weight_quantizer(rules))
+
+
+def build_slot(
+  network: Network, config: SAQConfig | None, steps_per_epoch: float
+) -> optax.GradientTransformationExtraArgs:
+  """The first link of the chain: `qat` where there is no config, else `saq`.
+
+  Args:
+    network: whose quantizer it uses.
+    config: of the perturbation.
+    steps_per_epoch: to turn its warm-up into steps; rho is 0 before.
+
+  Returns:
+    The transformation. `saq` leaves what the second pass returned in its state's `aux`.
+  """
+  if config is None:
+    return qat(network.quantize)
+  warmup = round(config.warmup_epochs * steps_per_epoch)
+
+  def shifted(path: str) -> bool:
+    if not is_quant_scale(path):
+      return True
+    of_weight = path.startswith('scales/')
+    return config.perturb_weight_scales if of_weight else config.perturb_act_scales
+
+  return saq(
+    network.quantize,
+    lambda step: jnp.where(step < warmup, 0.0, config.rho),
+    case=config.case,
+    mask=shifted,
+    adaptive=config.adaptive,
+    eta=config.eta,
+    accumulate_clean_grad=config.accumulate_clean_grad,
+    has_aux=True,
+  )
+
+
+def build_optimizer(
+  stage: StageConfig, steps_per_epoch: float
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """The optimizer that follows `saq` or `qat` in the chain.
+
+  Args:
+    stage: its settings; durations are in epochs.
+    steps_per_epoch: training examples over the batch size, also a fraction.
+
+  Returns:
+    The optimizer, which has a learning rate of its own for the learnable scales, and the
+    schedule of the other one.
+  """
+  lr, scale_lr = (_schedule(stage, top, steps_per_epoch) for top in (stage.lr, stage.scale_lr))
+  by_group = optax.partition(
+    {'weights': _base_optimizer(stage, lr), 'scales': _base_optimizer(stage, scale_lr)},
+    lambda params: _by_path(lambda path: 'scales' if is_quant_scale(path) else 'weights', params),
+  )
+  if stage.clip_norm is None:
+    return by_group, lr
+  return optax.chain(optax.clip_by_global_norm(stage.clip_norm), by_group), lr
+
+
+def total_steps(stage: StageConfig, steps_per_epoch: float) -> int:
+  """Steps in the stage, at least one."""
+  return max(1, round(stage.epochs * steps_per_epoch))
+
+
+def _quantizer(
+  name: QuantizerName, bits: int | None, *, signed: bool = True, normalize: bool = False
+) -> Quantizer:
+  """A quantizer by its name in a config; only LIQ can normalise."""
+  if name == 'liq':
+    return LIQ(bits=bits, signed=signed, normalize=normalize)
+  return {'lsq': LSQ, 'pact': PACT, 'dorefa': DoReFa}[name](bits=bits, signed=signed)
+
+
+def _schedule(stage: StageConfig, top: float, steps_per_epoch: float) -> optax.Schedule:
+  """The learning rate by step."""
+  warmup = round(stage.warmup_epochs * steps_per_epoch)
+  rest = max(1, total_steps(stage, steps_per_epoch) - warmup)
+  main: optax.Schedule
+  if stage.schedule == 'cosine':
+    main = optax.cosine_decay_schedule(top, rest)
+  elif stage.schedule == 'step':
+    drops = [round(epoch * steps_per_epoch) - warmup for epoch in stage.milestones]
+    main = optax.piecewise_constant_schedule(top, dict.fromkeys(drops, 0.1))
+  else:
+    main = optax.constant_schedule(top)
+  if not warmup:
+    return main
+  rise = optax.linear_schedule(top / warmup, top, max(warmup - 1, 1))
+  return optax.join_schedules([rise, main], [warmup])
+
+
+def _base_optimizer(stage: StageConfig, lr: optax.Schedule) -> optax.GradientTransformation:
+  """SGD with Nesterov momentum and decay in the gradient, or AdamW."""
+  decayed = None if stage.decay == 'all' else lambda params: _by_path(_is_kernel, params)
+  if stage.optimizer == 'adamw':
+    return optax.adamw(lr, weight_decay=stage.weight_decay, mask=decayed)
+  return optax.chain(
+    optax.add_decayed_weights(stage.weight_decay, decayed),
+    optax.sgd(lr, momentum=stage.momentum, nesterov=True),
+  )
+
+
+def _is_kernel(path: str) -> bool:
+  return path.endswith('/kernel') and not is_quant_scale(path)
+
+
+def _by_path(fn: object, params: PyTree) -> PyTree:
+  """A function of the path at every leaf."""
+  assert callable(fn)
+  return jax.tree_util.tree_map_with_path(lambda path, _: fn(path_name(path)), params)

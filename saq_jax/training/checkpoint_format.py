@@ -1,0 +1,184 @@
+"""The form of one checkpoint on disk: written with a sum of each leaf's bits, checked when read."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+__all__ = ['FORMAT', 'DamagedCheckpointError', 'describe', 'read_state', 'read_subtrees']
+
+# The version of what a checkpoint holds; it grows when an older reader would misread a newer one.
+FORMAT = 1
+_KIND = 'saq_jax.training'
+_NAMED_LEAVES = 8
+
+_Paths = dict[tuple[str, ...], Any]
+
+
+class DamagedCheckpointError(ValueError):
+  """A checkpoint that was finished but cannot be read any more, or not as it was written."""
+
+
+def describe(step: int, state: Any) -> dict[str, Any]:
+  """What is stored beside a state: the format, and a sum of bits for each leaf.
+
+  Args:
+    step: the number of finished training steps.
+    state: a tree of arrays.
+
+  Returns:
+    A dict of JSON values.
+
+  Raises:
+    ValueError: if two leaves would share one name in the checkpoint.
+  """
+  paths = _paths(state)
+  # Orbax joins the keys of a path by dots, and lets one of two equal names overwrite the other.
+  seen: dict[str, tuple[str, ...]] = {}
+  for parts in paths:
+    if (other := seen.setdefault('.'.join(parts), parts)) != parts:
+      raise ValueError(f'leaves {other} and {parts} would share one name: rename a key with a dot')
+  return {'kind': _KIND, 'format': FORMAT, 'step': step, 'sums': _sums(paths)}
+
+
+def read_state(step_dir: epath.Path, example: Any) -> Any:
+  """Reads a whole state, placed as an example is.
+
+  Args:
+    step_dir: the directory of one checkpoint.
+    example: a tree of arrays or `jax.ShapeDtypeStruct`, of the state's structure.
+
+  Returns:
+    The state, bit for bit as it was saved.
+
+  Raises:
+    DamagedCheckpointError: if it cannot be read, or differs from what was written.
+    ValueError: if it is of a newer format, or does not fit `example`.
+  """
+  stored, sums = _open(step_dir)
+  _check_fit(step_dir, _paths(stored), _paths(example))
+  placing = ocp.checkpoint_utils.construct_restore_args(example)
+  return _read(step_dir, ocp.args.PyTreeRestore(item=example, restore_args=placing), sums)
+
+
+def read_subtrees(step_dir: epath.Path, names: tuple[str, ...]) -> tuple[Any, ...]:
+  """Reads some top-level fields of a state as trees of numpy arrays.
+
+  Args:
+    step_dir: the directory of one checkpoint.
+    names: the fields, in the order wanted.
+
+  Returns:
+    One tree for each name.
+
+  Raises:
+    DamagedCheckpointError: if they cannot be read, or differ from what was written.
+    ValueError: if the checkpoint is of a newer format, or lacks one of the names.
+  """
+  stored, sums = _open(step_dir)
+  if missing := [name for name in names if name not in stored]:
+    raise ValueError(f'checkpoint {step_dir} has no {missing[0]!r}; it holds {sorted(stored)}')
+  wanted = {name: stored[name] for name in names}
+  placing = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+  args = ocp.args.PyTreeRestore(item=wanted, restore_args=placing, partial_restore=True)
+  restored = _read(step_dir, args, sums)
+  return tuple(restored[name] for name in names)
+
+
+def _open(step_dir: epath.Path) -> tuple[Mapping[str, Any], dict[str, int]]:
+  """The tree of shapes and dtypes a checkpoint holds, and its sums, after a look at the format."""
+  try:
+    with _reader() as reader:
+      metadata = reader.metadata(step_dir)
+    about = metadata.custom_metadata or {}
+    stored = metadata.item_metadata['state'].tree
+  except Exception as error:
+    raise _damage(step_dir, error) from error
+  version = about.get('format')
+  if about.get('kind') != _KIND or not isinstance(version, int):
+    raise _damage(step_dir, ValueError('it does not say that saq_jax wrote it'))
+  if version > FORMAT:
+    raise ValueError(
+      f'checkpoint {step_dir} has format {version}, this version reads up to {FORMAT}: '
+      'use the newer version of saq_jax that wrote it'
+    )
+  return stored, about.get('sums', {})
+
+
+def _read(step_dir: epath.Path, args: ocp.args.PyTreeRestore, sums: dict[str, int]) -> Any:
+  """Reads the arrays; whatever stops that, now that the trees fit, is damage."""
+  try:
+    with _reader() as reader:
+      restored = reader.restore(step_dir, args=ocp.args.Composite(state=args))['state']
+  except Exception as error:
+    raise _damage(step_dir, error) from error
+  for name, found in _sums(_paths(restored)).items():
+    if found != sums.get(name):
+      raise _damage(step_dir, ValueError(f'{name} is not what was written'))
+  return restored
+
+
+def _reader() -> ocp.Checkpointer:
+  """A reader of any checkpoint directory, whatever its name."""
+  return ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler()))
+
+
+def _paths(tree: Any) -> _Paths:
+  """The leaves by the keys on their paths, alike for a dataclass and the dict it is stored as."""
+  return {
+    tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _sums(paths: _Paths) -> dict[str, int]:
+  """The sum of each leaf's bits modulo 2^32, the same for every sharding of it."""
+  sums = np.array([_sum_of_bits(leaf) for leaf in paths.values()], np.uint32)
+  if jax.process_count() > 1:
+    sums = multihost_utils.process_allgather(sums).sum(axis=0, dtype=np.uint32)
+  return {'.'.join(parts): int(value) for parts, value in zip(paths, sums)}
+
+
+def _sum_of_bits(leaf: Any) -> np.uint32:
+  """This process's part of the sum: each element is counted in one place only."""
+  if isinstance(leaf, jax.Array):
+    pieces = [shard.data for shard in leaf.addressable_shards if shard.replica_id == 0]
+  else:
+    pieces = [leaf] if jax.process_index() == 0 else []
+  total = np.uint32(0)
+  for piece in pieces:
+    flat = np.ascontiguousarray(piece).reshape(-1)
+    bits = flat.view(f'uint{8 * min(flat.dtype.itemsize, 4)}')
+    total = np.add.reduce([total, bits.sum(dtype=np.uint32)], dtype=np.uint32)
+  return total
+
+
+def _check_fit(step_dir: epath.Path, stored: _Paths, expected: _Paths) -> None:
+  """Raises if two trees differ in a leaf's place, shape or dtype, and shows some of the leaves."""
+
+  def kind(leaf: Any) -> str:
+    return '-' if leaf is None else f'{leaf.dtype}[{",".join(map(str, leaf.shape))}]'
+
+  rows = [
+    ('.'.join(parts), kind(stored.get(parts)), kind(expected.get(parts)))
+    for parts in sorted(stored | expected)
+  ]
+  rows = [row for row in rows if row[1] != row[2]]
+  if rows:
+    shown = [('leaf', 'checkpoint', 'expected'), *rows[:_NAMED_LEAVES]]
+    first, second = (max(len(row[i]) for row in shown) for i in (0, 1))
+    table = '\n'.join(f'  {a:<{first}}  {b:<{second}}  {c}' for a, b, c in shown)
+    more = f'\n  and {len(rows) - _NAMED_LEAVES} more' if len(rows) > _NAMED_LEAVES else ''
+    raise ValueError(
+      f'checkpoint {step_dir} does not fit the state; leaves differing: {len(rows)}\n{table}{more}'
+    )
+
+
+def _damage(step_dir: epath.Path, error: Exception) -> DamagedCheckpointError:
+  """The error for a checkpoint that cannot be read, with the beginning of the reason."""
+  reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+  return DamagedCheckpointError(f'checkpoint {step_dir} is damaged: {reason[:120]}')

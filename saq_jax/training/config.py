@@ -1,0 +1,195 @@
+"""The whole schema of an experiment, as frozen dataclasses.
+
+The defaults are an experiment of their own, the digits at 4 bits. `saq_jax.training.parsing`
+fills these from a config file; nothing beyond it ever sees a ConfigDict.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot be run; the message says what to change."""
+
+
+ABOVE_0 = math.nextafter(0.0, 1.0)
+
+
+def _within(default: Any, low: float, high: float = math.inf) -> Any:
+  """A field that must be a finite number (or several) from `low` to `high`."""
+  return dataclasses.field(default=default, metadata={'low': low, 'high': high})
+
+
+QuantizerName = Literal['lsq', 'liq', 'pact', 'dorefa']
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Which examples, and how they reach the model.
+
+  Attributes:
+    name: 'digits' or a tfds dataset that has been prepared.
+    data_dir: the tfds data dir; None is tfds's own (~/tensorflow_datasets).
+    train_split: a tfds split, slices as in 'train[:80%]' too.
+    eval_split: the split of the final figures.
+    batch_size: the global batch.
+    eval_batch_size: the global batch of an evaluation; the last one is padded and masked.
+    mean: of the channels, of pixels in 0 to 1.
+    std: of the channels.
+    pad_crop: pixels of zero padding before a random crop of the old size; 0 is none.
+    flip: random horizontal flips.
+  """
+
+  name: str = 'digits'
+  data_dir: str | None = None
+  train_split: str = 'train'
+  eval_split: str = 'test'
+  batch_size: int = _within(64, 1)
+  eval_batch_size: int = _within(256, 1)
+  mean: tuple[float, ...] = (0.305,)
+  std: tuple[float, ...] = _within((0.376,), ABOVE_0)
+  pad_crop: int = _within(1, 0, 64)
+  flip: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The network.
+
+  Attributes:
+    name: 'preresnet'.
+    depth: 6 n + 2.
+    width: channels of the first stage.
+    dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32 in either case.
+  """
+
+  name: Literal['preresnet'] = 'preresnet'
+  depth: int = 8
+  width: int = _within(16, 1)
+  dtype: Literal['float32', 'bfloat16'] = 'float32'
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+  """How the weights and activations are quantized. A bit-width None leaves them floating.
+
+  Attributes:
+    weights: the quantizer of the weights. 'liq' normalises them in all layers but the last.
+    acts: the quantizer of the activations, which follow a ReLU: unsigned.
+    bits: of the weights of the layers between the first and the last; 2 to 8.
+    act_bits: of the inputs of those layers.
+    first_bits: of the weights of the first layer, whose input stays as it is.
+    last_bits: of the weights and inputs of the last layer.
+  """
+
+  weights: QuantizerName = 'liq'
+  acts: QuantizerName = 'liq'
+  bits: int | None = _within(4, 2, 8)
+  act_bits: int | None = _within(4, 2, 8)
+  first_bits: int | None = _within(8, 2, 8)
+  last_bits: int | None = _within(8, 2, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class SAQConfig:
+  """The perturbation; see `saq_jax.saq`.
+
+  Attributes:
+    case: 1, 2 or 3.
+    rho: its radius.
+    warmup_epochs: epochs with rho = 0 at the start.
+    adaptive: ASAM scaling.
+    eta: of ASAM.
+    accumulate_clean_grad: step along g(Q(w)) + g(Q(w) + eps).
+    perturb_weight_scales: shift the learnable scales of weights too (cases 1 and 2).
+    perturb_act_scales: shift the learnable scales of activations too.
+    batch_stats_from_both: running statistics move in both passes, as in the authors' code.
+  """
+
+  case: int = _within(3, 1, 3)
+  rho: float = _within(0.1, 0)
+  warmup_epochs: float = _within(0.0, 0)
+  adaptive: bool = False
+  eta: float = _within(0.01, 0)
+  accumulate_clean_grad: bool = False
+  perturb_weight_scales: bool = False
+  perturb_act_scales: bool = False
+  batch_stats_from_both: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+  """One training run: the full-precision one, or each of the quantized ones.
+
+  Attributes:
+    epochs: passes over the training split; may be a fraction.
+    optimizer: 'sgd' (Nesterov) or 'adamw'.
+    lr: the learning rate at its highest.
+    scale_lr: the same for the learnable scales.
+    momentum: of 'sgd'.
+    weight_decay: added to the gradient for 'sgd', decoupled for 'adamw'.
+    decay: 'all' parameters, scales too, as in the authors' CNN recipe, or 'kernels' alone.
+    schedule: 'cosine' to zero, 'step' (times 0.1 at each milestone) or 'constant'.
+    milestones: epochs, for 'step'.
+    warmup_epochs: of a linear rise of the learning rate.
+    clip_norm: clips the gradient that the optimizer gets to this global norm; None does not.
+    label_smoothing: 0 to below 1.
+  """
+
+  epochs: float = _within(40.0, ABOVE_0)
+  optimizer: Literal['sgd', 'adamw'] = 'sgd'
+  lr: float = _within(0.05, 0)
+  scale_lr: float = _within(0.05, 0)
+  momentum: float = _within(0.9, 0, 1)
+  weight_decay: float = _within(1e-4, 0)
+  decay: Literal['all', 'kernels'] = 'all'
+  schedule: Literal['cosine', 'step', 'constant'] = 'cosine'
+  milestones: tuple[float, ...] = _within((), 0)
+  warmup_epochs: float = _within(0.0, 0)
+  clip_norm: float | None = _within(None, ABOVE_0)
+  label_smoothing: float = _within(0.0, 0, 0.999)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+  """A comparison of methods over many seeds; off unless `seeds` is positive.
+
+  Attributes:
+    seeds: runs a method, vectorised. 0: train one network a method instead.
+    rhos: the radii tried for each case; the best on `validation_split` is taken.
+    validation_split: never overlaps the training split nor the test split.
+  """
+
+  seeds: int = _within(0, 0)
+  rhos: tuple[float, ...] = _within((0.05, 0.1, 0.2, 0.4), 0)
+  validation_split: str = 'train[80%:]'
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+  """One experiment: a full-precision stage, then the quantized ones started from it.
+
+  Attributes:
+    seed: of the parameters, the order of the examples and the augmentation.
+    init_from: a checkpoint to start the quantized stages from, instead of a float stage: a work
+      directory of this package or a checkpoint in one.
+    methods: the quantized stages, of 'qat' and 'saq'.
+    eval_every_epochs: how often the test split is looked at for the curves.
+    checkpoint_every_epochs: how often the state is saved.
+    log_every_steps: how often a line of metrics is written.
+  """
+
+  seed: int = _within(0, 0, 2**31 - 1)
+  data: DataConfig = DataConfig()
+  model: ModelConfig = ModelConfig()
+  quant: QuantConfig = QuantConfig()
+  saq: SAQConfig = SAQConfig()
+  float_stage: StageConfig = StageConfig()
+  quant_stage: StageConfig = StageConfig(epochs=30.0, lr=0.02, scale_lr=0.02)
+  compare: CompareConfig = CompareConfig()
+  init_from: str | None = None
+  methods: tuple[Literal['qat', 'saq'], ...] = ('qat', 'saq')
+  eval_every_epochs: float = _within(2.0, ABOVE_0)
+  checkpoint_every_epochs: float = _within(5.0, ABOVE_0)
+  log_every_steps: int = _within(10, 1)

@@ -1,0 +1,236 @@
+"""The training loop of one stage: resume, step, log, evaluate, save, stop when asked to."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from saq_jax._paths import PyTree
+from saq_jax.data.source import Examples, train_source
+from saq_jax.training.build import Network
+from saq_jax.training.checkpoint import Checkpoints
+from saq_jax.training.evaluate import Score, make_evaluator
+from saq_jax.training.metrics import MetricWriter
+from saq_jax.training.progress import Progress
+from saq_jax.training.sharding import over_batch, replicated, to_devices
+from saq_jax.training.signals import Stop
+from saq_jax.training.state import TrainState
+from saq_jax.training.step import Metrics, StepConfig, TrainStep, train_step
+
+Begin = Callable[[Array, PyTree], TrainState]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One training run, complete but for its data.
+
+  Attributes:
+    name: of its directory and its progress line: 'float', 'qat' or 'saq'.
+    network: what is trained.
+    tx: `optax.chain(saq(...) or qat(...), optimizer)`.
+    lr: the schedule of the learning rate, for the metrics.
+    step: augmentation, loss and batch statistics.
+    seed: of the order of the examples.
+    batch_size: global.
+    eval_batch_size: global.
+    total_steps: steps to take.
+    steps_per_epoch: training examples over the batch size.
+    eval_every: steps between evaluations.
+    checkpoint_every: steps between checkpoints.
+    log_every: steps between lines of metrics.
+  """
+
+  name: str
+  network: Network
+  tx: optax.GradientTransformationExtraArgs
+  lr: optax.Schedule
+  step: StepConfig
+  seed: int
+  batch_size: int
+  eval_batch_size: int
+  total_steps: int
+  steps_per_epoch: float
+  eval_every: int
+  checkpoint_every: int
+  log_every: int
+
+
+class PreemptedError(RuntimeError):
+  """The run was asked to stop; its state is saved and the same command goes on with it."""
+
+
+class DivergedError(RuntimeError):
+  """The loss or the gradient is not finite."""
+
+
+def run_stage(
+  stage: Stage,
+  begin: Begin,
+  weights: PyTree,
+  train: Examples,
+  test: Examples,
+  mesh: Mesh,
+  directory: Path,
+  stop: Stop,
+) -> tuple[TrainState, Score]:
+  """Trains a stage to its end, from its newest checkpoint if it has one.
+
+  Args:
+    stage: what to train.
+    begin: makes the state at step 0 from the first batch of images, uint8, and `weights`.
+    weights: what to begin from, any tree of arrays or None.
+    train: examples to train on.
+    test: examples to evaluate on.
+    mesh: the devices.
+    directory: holds 'checkpoints', 'metrics.jsonl' and TensorBoard's event files.
+    stop: asks to save and leave.
+
+  Returns:
+    The final state and its score on `test`.
+
+  Raises:
+    PreemptedError: if it was asked to stop; the state is saved.
+    DivergedError: if a loss or a gradient is not finite.
+  """
+  source = train_source(
+    train,
+    stage.batch_size,
+    seed=stage.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  first = train_source(train, stage.batch_size, seed=stage.seed)[0]['image']
+  evaluate = make_evaluator(stage.network, stage.step, mesh, test, stage.eval_batch_size)
+  with Checkpoints(directory / 'checkpoints') as checkpoints:
+    restored = checkpoints.restore_latest(_abstract(begin, mesh, first, weights))
+    start = 0 if restored is None else restored[0]
+    state = _started(begin, mesh, first, weights) if restored is None else restored[1]
+    if start < stage.total_steps:
+      writer = _Writer(stage, directory, start if restored else None)
+      with writer, Progress(stage.name, stage.total_steps, start) as progress:
+        run = _Run(stage, _compiled(stage, mesh), checkpoints, writer, progress, stop)
+        for step in range(start, stage.total_steps):
+          state = run.advance(state, to_devices(source[step], mesh), step + 1)
+          if (step + 1) % stage.eval_every == 0 or step + 1 == stage.total_steps:
+            run.settle()
+            score = evaluate(state.params, state.batch_stats)
+            writer.write_score(step + 1, score)
+            progress.update(step + 1, test=score.accuracy)
+          run.save_if_due(state, step + 1)
+    return state, evaluate(state.params, state.batch_stats)
+
+
+class _Run:
+  """The bookkeeping of a stage under way: metrics one step late, checkpoints, the wish to stop."""
+
+  def __init__(
+    self,
+    stage: Stage,
+    compiled: TrainStep,
+    checkpoints: Checkpoints,
+    writer: '_Writer',
+    progress: Progress,
+    stop: Stop,
+  ) -> None:
+    self._stage, self._compiled, self._checkpoints = stage, compiled, checkpoints
+    self._writer, self._progress, self._stop = writer, progress, stop
+    self._pending: tuple[int, Metrics] | None = None
+
+  def advance(self, state: TrainState, batch: dict[str, Array], step: int) -> TrainState:
+    """Starts a step, then reads the metrics of the one before, so that the device never waits."""
+    state, metrics = self._compiled(state, batch)
+    self.settle()
+    self._pending = step, metrics
+    return state
+
+  def settle(self) -> None:
+    """Reads the metrics that are out, checks them, and writes and shows them."""
+    if self._pending is None:
+      return
+    step, metrics = self._pending
+    self._pending = None
+    figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if not all(math.isfinite(figures[name]) for name in ('loss', 'sharp_grad_norm')):
+      self._writer.write(step, figures)
+      raise DivergedError(self._diverged(step, figures))
+    if step % self._stage.log_every == 0 or step in (1, self._stage.total_steps):
+      self._writer.write(step, figures)
+    self._progress.update(step, loss=figures['loss'], accuracy=figures['accuracy'])
+
+  def save_if_due(self, state: TrainState, step: int) -> None:
+    """Saves at every checkpoint step, at the end, and when asked to stop."""
+    done = step == self._stage.total_steps
+    stopping = self._stop.requested and not done
+    if done or stopping or step % self._stage.checkpoint_every == 0:
+      self.settle()
+      self._checkpoints.save(step, state)
+    if stopping:
+      self._checkpoints.wait()
+      raise PreemptedError(
+        f"{self._stop.reason}: saved stage '{self._stage.name}' at step {step} of "
+        f'{self._stage.total_steps}; the same command goes on from there.'
+      )
+
+  def _diverged(self, step: int, figures: dict[str, float]) -> str:
+    self._checkpoints.wait()
+    saved = self._checkpoints.latest_step
+    good = 'there is no checkpoint yet' if saved is None else f'the last good one is step {saved}'
+    return (
+      f"stage '{self._stage.name}' diverged at step {step}: loss {figures['loss']}, gradient norm "
+      f'{figures["sharp_grad_norm"]}, learning rate {figures["lr"]:.3g}; {good}. Lower the '
+      'learning rate or rho, or set clip_norm, and start in another --workdir.'
+    )
+
+
+class _Writer(MetricWriter):
+  """Writes on process 0 alone, and knows a stage's epochs."""
+
+  def __init__(self, stage: Stage, directory: Path, resume_step: int | None) -> None:
+    self._stage = stage
+    self._silent = jax.process_index() != 0
+    if not self._silent:
+      super().__init__(directory, resume_step)
+
+  def write(self, step: int, figures: Mapping[str, Any]) -> None:
+    """Writes a line, with the epoch."""
+    if not self._silent:
+      super().write(step, {'epoch': step / self._stage.steps_per_epoch, **figures})
+
+  def write_score(self, step: int, score: Score) -> None:
+    """Writes an evaluation."""
+    self.write(step, {'test_loss': score.loss, 'test_accuracy': score.accuracy})
+
+  def close(self) -> None:
+    if not self._silent:
+      super().close()
+
+
+def _compiled(stage: Stage, mesh: Mesh) -> TrainStep:
+  """The train step, jitted once; the state's memory is reused."""
+  whole = replicated(mesh)
+  step = functools.partial(
+    train_step, network=stage.network, tx=stage.tx, lr=stage.lr, config=stage.step
+  )
+  return jax.jit(
+    step, donate_argnums=0, in_shardings=(whole, over_batch(mesh)), out_shardings=whole
+  )
+
+
+def _started(begin: Begin, mesh: Mesh, *inputs: PyTree) -> TrainState:
+  """The state at step 0, on every device."""
+  return jax.jit(begin, out_shardings=replicated(mesh))(*inputs)
+
+
+def _abstract(begin: Begin, mesh: Mesh, *inputs: PyTree) -> TrainState:
+  """Shapes, dtypes and places of the state, without making it."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
+    jax.eval_shape(begin, *inputs),
+  )

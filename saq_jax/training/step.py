@@ -1,0 +1,201 @@
+"""One training step and one evaluation step: pure functions of the state and a batch."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from saq_jax._paths import PyTree
+from saq_jax.data import augment
+from saq_jax.training.build import Network
+from saq_jax.training.config import DataConfig
+from saq_jax.training.state import TrainState, variables
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+  """What a step does beside the network and the optimizer.
+
+  Attributes:
+    mean: of the channels, of pixels in 0 to 1.
+    std: of the channels.
+    pad_crop: pixels of padding before a random crop; 0 is none.
+    flip: random horizontal flips.
+    label_smoothing: 0 to below 1.
+    batch_stats_from_both: running statistics move in the second pass too.
+  """
+
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  pad_crop: int = 0
+  flip: bool = False
+  label_smoothing: float = 0.0
+  batch_stats_from_both: bool = False
+
+  @classmethod
+  def of(
+    cls, data: DataConfig, label_smoothing: float, batch_stats_from_both: bool
+  ) -> 'StepConfig':
+    """What of the data's settings is done on the device."""
+    return cls(
+      data.mean, data.std, data.pad_crop, data.flip, label_smoothing, batch_stats_from_both
+    )
+
+
+def train_step(
+  state: TrainState,
+  batch: Batch,
+  *,
+  network: Network,
+  tx: optax.GradientTransformationExtraArgs,
+  lr: optax.Schedule,
+  config: StepConfig,
+) -> tuple[TrainState, Metrics]:
+  """One step from a batch as it comes from the host; see `train_on`.
+
+  Args:
+    state: with the seed that, folded with the step, gives the key of the augmentation.
+    batch: 'image' uint8 [B, H, W, C] and 'label' int32 [B].
+    network: as in `train_on`, like the other arguments.
+    tx: the chain.
+    lr: the schedule.
+    config: augmentation, loss and batch statistics.
+
+  Returns:
+    As `train_on`.
+  """
+  key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+  images = prepare_images(batch['image'], config, key)
+  return train_on(state, images, batch['label'], network=network, tx=tx, lr=lr, config=config)
+
+
+def train_on(
+  state: TrainState,
+  images: Array,
+  labels: Array,
+  *,
+  network: Network,
+  tx: optax.GradientTransformationExtraArgs,
+  lr: optax.Schedule,
+  config: StepConfig,
+) -> tuple[TrainState, Metrics]:
+  """The clean gradient at z = quantize(params), the second one inside `tx`, and the update.
+
+  Both passes see the same images. Under `jax.jit` with a batch sharded over devices, gradients,
+  norms and batch statistics are those of the global batch.
+
+  Args:
+    state: its `opt_state` begins with the `SAQState` of `saq(has_aux=True)` or `qat`.
+    images: floating [B, H, W, C], normalised.
+    labels: int32 [B].
+    network: model and weight quantizer.
+    tx: `optax.chain(saq(...) or qat(...), ...)`.
+    lr: the schedule, for the metrics.
+    config: loss and batch statistics.
+
+  Returns:
+    The next state, and the metrics of this step as scalars: loss, accuracy, lr, grad_norm,
+    sharp_grad_norm and cosine (see `SAQState`), and for `saq` rho and loss_perturbed.
+  """
+
+  def loss_fn(z: PyTree, batch_stats: PyTree) -> tuple[Array, tuple[PyTree, Array]]:
+    logits, moved = network.model.apply(
+      variables(z, batch_stats), images, train=True, mutable=['batch_stats']
+    )
+    loss = cross_entropy(logits, labels, config.label_smoothing).mean()
+    hits = jnp.argmax(logits, -1) == labels
+    return loss, (moved.get('batch_stats', {}), hits.mean())
+
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  z = network.quantize(state.params)
+  (loss, (stats, accuracy)), g = grad_fn(z, state.batch_stats)
+
+  def second_grad(z: PyTree) -> tuple[PyTree, tuple[Array, PyTree]]:
+    (loss, (stats_after_both, _)), g2 = grad_fn(z, stats)
+    return g2, (loss, stats_after_both)
+
+  updates, opt_state = tx.update(g, state.opt_state, state.params, grad_fn=second_grad)
+  slot, *rest = opt_state
+  metrics = {
+    'loss': loss,
+    'accuracy': accuracy,
+    'lr': lr(state.step),
+    'grad_norm': slot.grad_norm,
+    'sharp_grad_norm': slot.sharp_grad_norm,
+    'cosine': slot.cosine,
+  }
+  if slot.aux is not None:
+    loss_perturbed, stats_after_both = slot.aux
+    metrics |= {'rho': slot.rho, 'loss_perturbed': loss_perturbed}
+    stats = stats_after_both if config.batch_stats_from_both else stats
+  return state.replace(  # type: ignore[attr-defined]
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, updates),
+    batch_stats=stats,
+    opt_state=(slot._replace(aux=None), *rest),
+  ), metrics
+
+
+def eval_step(
+  z: PyTree, batch_stats: PyTree, batch: Batch, *, network: Network, config: StepConfig
+) -> Metrics:
+  """Sums over the real examples of one padded batch, from which an exact mean is made.
+
+  Args:
+    z: quantized parameters, `network.quantize(params)`.
+    batch_stats: running statistics.
+    batch: as in `train_step`, and 'mask' [B], 1 for an example and 0 for padding.
+    network: model and weight quantizer.
+    config: the normalisation; nothing random is done, and no label is smoothed.
+
+  Returns:
+    'correct', 'loss' and 'count', each a sum.
+  """
+  images = prepare_images(batch['image'], config)
+  logits: Array = network.model.apply(  # type: ignore[assignment]
+    variables(z, batch_stats), images, train=False
+  )
+  hits = jnp.argmax(logits, -1) == batch['label']
+  return {
+    'correct': jnp.sum(hits * batch['mask']),
+    'loss': jnp.sum(cross_entropy(logits, batch['label'], 0.0) * batch['mask']),
+    'count': jnp.sum(batch['mask']),
+  }
+
+
+def prepare_images(images: Array, config: StepConfig, key: Array | None = None) -> Array:
+  """Augments (where there is a key) and normalises uint8 images."""
+  if key is not None:
+    crop_key, flip_key = jax.random.split(key)
+    if config.pad_crop:
+      images = augment.pad_crop(crop_key, images, config.pad_crop)
+    if config.flip:
+      images = augment.flip(flip_key, images)
+  return augment.normalize(images, config.mean, config.std)
+
+
+def cross_entropy(logits: Array, labels: Array, smoothing: float) -> Array:
+  """Softmax cross-entropy of each example, in float32 or better.
+
+  Args:
+    logits: [B, classes].
+    labels: int32 [B].
+    smoothing: alpha: the target is `(1 - alpha) onehot + alpha/classes`.
+
+  Returns:
+    [B].
+  """
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+  return optax.safe_softmax_cross_entropy(logits, targets)
+
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+EvalStep = Callable[[Any, Any, Batch], Metrics]

@@ -1,0 +1,463 @@
+"""Checkpoints: exact round trips, misfits, kills in mid-save, damaged files, foreign paths."""
+
+import functools
+import gc
+import logging
+import os
+import random
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import logging as absl_logging
+from flax import struct
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from saq_jax.training import checkpoint_format
+from saq_jax.training.checkpoint import Checkpoints, find_checkpoint, restore, restore_subtrees
+
+# Orbax leaves reads behind that complain when they are collected, once a checkpoint is damaged.
+pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+
+KERNEL = 'layer1_0/conv1/kernel'
+
+
+@struct.dataclass
+class State:
+  step: jax.Array
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+
+
+def make_state(step=0, width=6, stats=True):
+  """A state of the trainer's shape, with every awkward value and key a real one may have."""
+  values = jax.random.normal(jax.random.key(step), (8, width))
+  odd = np.array([0.0, -0.0, np.inf, np.nan, 1e-45, step, 1, 2], np.float32)
+  params = {
+    'model': {'layer1_0': {'conv1': {'kernel': values}}, 'head': {'kernel': jnp.asarray(odd)}},
+    'scales': {KERNEL: jnp.float32(0.5 + step), 'layer1_0': jnp.full(3, 7.0 + step)},
+  }
+  trained = {'model': {'layer1_0': True, 'head': False}, 'scales': True}
+  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(optax.adamw(1e-3), trained))
+  stats = {'bn': {'mean': values[0].astype(jnp.bfloat16), 'seen': jnp.array([True, False])}}
+  return State(jnp.int32(step), params, stats if stats else {}, tx.init(params))
+
+
+def assert_same_bits(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+    assert (x.shape, x.dtype) == (y.shape, y.dtype)
+    assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def save_steps(directory, *steps, keep=3):
+  with Checkpoints(directory, keep=keep) as checkpoints:
+    for step in steps:
+      checkpoints.save(step, make_state(step))
+  return directory
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path):
+  state = make_state(5)
+  save_steps(tmp_path, 5)
+  with Checkpoints(tmp_path) as checkpoints:
+    step, restored = checkpoints.restore_latest(make_state(0))
+  assert step == 5
+  assert isinstance(restored, State)
+  assert_same_bits(restored, state)
+
+
+def test_empty_parts_and_a_bare_tree_come_back(tmp_path):
+  state = {'a': {}, 'b': (), 'c': [jnp.ones(2), {'d': None}]}
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(0, state)
+    assert_same_bits(checkpoints.restore_latest(state)[1], state)
+
+
+def test_restores_to_the_examples_sharding(tmp_path):
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+  rows = NamedSharding(mesh, PartitionSpec('data'))
+  whole = NamedSharding(mesh, PartitionSpec())
+
+  def place(leaf):
+    return rows if leaf.ndim and leaf.shape[0] == 8 else whole
+
+  state = make_state(1)
+  sharded = jax.tree.map(lambda leaf: jax.device_put(leaf, place(leaf)), state)
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, sharded)
+    on_one = checkpoints.restore_latest(state)[1]
+    checkpoints.save(2, state)
+    abstract = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf)), state
+    )
+    on_all = checkpoints.restore_latest(abstract)[1]
+  assert_same_bits(on_one, state)
+  assert_same_bits(on_all, state)
+  for expected, restored in ((state, on_one), (sharded, on_all)):
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(restored)):
+      assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
+def test_a_saved_state_may_be_donated_at_once(tmp_path):
+  @functools.partial(jax.jit, donate_argnums=0)
+  def count(tree):
+    return jax.tree.map(lambda leaf: leaf + 1, tree)
+
+  tree = count({str(i): jnp.zeros((256, 256)) for i in range(6)})
+  with Checkpoints(tmp_path, keep=30) as checkpoints:
+    for step in range(1, 31):
+      if step % 5 == 0:
+        checkpoints.save(step, tree)
+      tree = count(tree)
+  for step in range(5, 31, 5):
+    restored = restore(tmp_path / str(step), tree)
+    assert all((leaf == step).all() for leaf in jax.tree.leaves(restored))
+
+
+def test_the_last_ones_are_kept_and_a_step_is_saved_once(tmp_path):
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    assert checkpoints.latest_step is None
+    assert checkpoints.restore_latest(make_state()) is None
+    for step in (1, 2, 3, 3, 4):
+      checkpoints.save(step, make_state(step))
+      assert checkpoints.latest_step == step
+    checkpoints.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['3', '4']
+    with pytest.raises(ValueError, match=r'step 2 is older than .* 4'):
+      checkpoints.save(2, make_state(2))
+  with pytest.raises(ValueError, match='keep=0'):
+    Checkpoints(tmp_path, keep=0)
+
+
+@pytest.mark.parametrize('how', ['wait', 'close'])
+def test_a_save_that_fails_is_not_silent(tmp_path, how):
+  checkpoints = Checkpoints(tmp_path / 'run')
+  checkpoints.save(1, {str(i): jnp.ones((500, 500)) for i in range(10)})
+  os.rename(tmp_path / 'run', tmp_path / 'elsewhere')  # while it is being written
+  (tmp_path / 'run').touch()
+  with pytest.raises((OSError, ValueError)):
+    getattr(checkpoints, how)()
+
+
+def test_names_that_orbax_would_mix_up_are_refused(tmp_path):
+  state = {'scales': {'a.b': jnp.ones(1), 'a': {'b': jnp.zeros(1)}}}
+  with Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(ValueError, match=r"'a\.b'"):
+      checkpoints.save(1, state)
+    # Slashes, as the paths of scales have them, stay apart from nesting.
+    state = {
+      's': {'a/b': jnp.ones(1), 'a': {'b': jnp.zeros(1)}, 'c/0': jnp.ones(2), 'c': jnp.ones(1)}
+    }
+    checkpoints.save(1, state)
+    assert_same_bits(checkpoints.restore_latest(state)[1], state)
+
+
+def test_parts_are_read_as_numpy_whatever_the_rest_is(tmp_path):
+  state = make_state(4)
+  save_steps(tmp_path, 4)
+  params, batch_stats = restore_subtrees(tmp_path, 'params', 'batch_stats')
+  assert_same_bits(params, state.params)
+  assert_same_bits(batch_stats, state.batch_stats)
+  assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves((params, batch_stats)))
+  with pytest.raises(ValueError, match=r"no 'ema'; it holds \['batch_stats', 'opt_state'"):
+    restore_subtrees(tmp_path, 'params', 'ema')
+
+
+# ---- What does not fit
+
+
+def change(state, edit):
+  model = jax.tree.map(lambda leaf: leaf, state.params)
+  edit(model)
+  return state.replace(params=model)
+
+
+MISFITS = {
+  'missing': (
+    lambda p: p['model'].update(new=jnp.ones(2)),
+    [r'params\.model\.new +- +float32\[2\]'],
+  ),
+  'extra': (
+    lambda p: p['scales'].pop(KERNEL),
+    [rf'params\.scales\.{KERNEL} +float32\[\] +-'],
+  ),
+  'misshapen': (
+    lambda p: p['scales'].update({KERNEL: jnp.ones(3)}),
+    [rf'params\.scales\.{KERNEL} +float32\[\] +float32\[3\]'],
+  ),
+  'dtype': (
+    lambda p: p['model']['head'].update(kernel=jnp.ones(8, jnp.bfloat16)),
+    [r'params\.model\.head\.kernel +float32\[8\] +bfloat16\[8\]'],
+  ),
+  'renamed': (
+    lambda p: p['model'].update(tail=p['model'].pop('head')),
+    [r'head\.kernel +float32\[8\] +-', r'tail\.kernel +- +float32\[8\]'],
+  ),
+}
+
+
+@pytest.mark.parametrize('kind', MISFITS)
+def test_a_tree_that_does_not_fit_is_shown_side_by_side(tmp_path, kind):
+  edit, rows = MISFITS[kind]
+  save_steps(tmp_path, 1, 2)
+  example = change(make_state(), edit)
+  with Checkpoints(tmp_path) as checkpoints:
+    for attempt in (checkpoints.restore_latest, lambda example: restore(tmp_path, example)):
+      with pytest.raises(ValueError, match='does not fit') as caught:
+        attempt(example)
+      assert not isinstance(caught.value, checkpoint_format.DamagedCheckpointError)
+      for row in rows:
+        caught.match(row)
+    assert checkpoints.latest_step == 2
+
+
+def test_only_some_of_many_misfits_are_listed(tmp_path):
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, {str(i): jnp.ones(i) for i in range(1, 31)})
+    with pytest.raises(ValueError, match=r'differing: 30\n(.*\n){9}  and 22 more'):
+      checkpoints.restore_latest({str(i): jnp.ones(i + 1) for i in range(1, 31)})
+
+
+def test_a_newer_format_is_refused(tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint_format, 'FORMAT', 2)
+    save_steps(tmp_path, 1)
+  for attempt in (lambda: restore(tmp_path, make_state()), lambda: restore_subtrees(tmp_path, 'x')):
+    with pytest.raises(ValueError, match=r'format 2, this version reads up to 1.*newer'):
+      attempt()
+
+
+# ---- Paths of other runs
+
+
+def test_the_newest_is_found_from_the_run_the_stage_and_the_step(tmp_path):
+  first = save_steps(tmp_path / 'run' / 'float' / 'checkpoints', 10, 20)
+  second = save_steps(tmp_path / 'run' / 'quantized' / 'checkpoints', 3, 5)
+  (tmp_path / 'run' / 'logs').mkdir()
+  (tmp_path / 'run' / '7').mkdir()
+  (tmp_path / 'run' / 'config.json').write_text('{}')
+  os.rename(second / '5', second / '5.orbax-checkpoint-tmp')  # as a kill leaves one
+  for path, step in (
+    (tmp_path / 'run', second / '3'),
+    (str(tmp_path / 'run' / 'quantized'), second / '3'),
+    (tmp_path / 'run' / 'float', first / '20'),
+    (first, first / '20'),
+    (str(first / '10') + '/', first / '10'),
+  ):
+    assert str(find_checkpoint(path)) == str(step)
+    assert int(restore(path, make_state()).step) == int(step.name)
+
+
+def test_a_path_without_a_checkpoint_is_one_line(tmp_path):
+  (tmp_path / 'empty' / 'sub').mkdir(parents=True)
+  (tmp_path / 'file').write_text('')
+  for name in ('absent', 'empty', 'file'):
+    with pytest.raises(ValueError, match=rf'^no checkpoint at .*{name}: .*$'):
+      restore(tmp_path / name, make_state())
+
+
+def test_a_foreign_directory_of_numbers_is_no_checkpoint(tmp_path):
+  (tmp_path / '12').mkdir()
+  (tmp_path / '12' / 'weights.bin').write_bytes(b'abc')
+  with pytest.raises(ValueError, match=r'(?s)12 is damaged'):
+    restore(tmp_path, make_state())
+
+
+# ---- Damage
+
+
+def files_of(step_dir):
+  return sorted(path for path in step_dir.rglob('*') if path.is_file())
+
+
+def flip(path):
+  data = bytearray(path.read_bytes())
+  if data:
+    data[len(data) // 2] ^= 0x55
+  path.write_bytes(bytes(data))
+
+
+DAMAGES = {
+  'delete': lambda path: path.unlink(),
+  'truncate': lambda path: os.truncate(path, path.stat().st_size // 2),
+  'flip': flip,
+  'garbage': lambda path: path.write_bytes(random.Random(0).randbytes(path.stat().st_size)),
+}
+
+
+@pytest.mark.usefixtures('_collected')
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_damage_to_any_file_is_harmless_or_falls_back(tmp_path, damage, caplog):
+  """Every file of the newest checkpoint in turn: never a wrong state, and never an error."""
+  source = save_steps(tmp_path / 'source', 1, 2)
+  fell_back = 0
+  for path in files_of(source / '2'):
+    run = tmp_path / 'run'
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(source, run)
+    DAMAGES[damage](run / path.relative_to(source))
+    caplog.clear()
+    with Checkpoints(run) as checkpoints:
+      step, restored = checkpoints.restore_latest(make_state())
+      assert_same_bits(restored, make_state(step))
+      if step == 1:
+        fell_back += 1
+        assert f'{run}/2 is damaged' in caplog.text
+        assert checkpoints.latest_step == 1
+  assert fell_back >= 3
+
+
+@pytest.fixture
+def _collected():
+  yield
+  gc.collect()
+
+
+def spoil(step_dir):
+  for path in step_dir.glob('state/**/d/*'):
+    flip(path)
+
+
+def test_a_single_wrong_bit_among_the_values_is_found(tmp_path):
+  """Orbax reads it without a word: the sums of bits find it."""
+  state = {'big': jax.random.normal(jax.random.key(0), (200, 200))}
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state)
+  flip(max(files_of(tmp_path / '1'), key=lambda path: path.stat().st_size))
+  for attempt in (lambda: restore(tmp_path, state), lambda: restore_subtrees(tmp_path, 'big')):
+    with pytest.raises(ValueError, match='is damaged: big is not what was written'):
+      attempt()
+
+
+@pytest.mark.usefixtures('_collected')
+def test_the_run_goes_on_over_a_damaged_checkpoint(tmp_path):
+  save_steps(tmp_path, 1, 2)
+  spoil(tmp_path / '2')
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.restore_latest(make_state())[0] == 1
+    assert (tmp_path / '2').is_dir()  # kept until the run writes again
+    checkpoints.save(2, make_state(2))
+    step, restored = checkpoints.restore_latest(make_state())
+  assert step == 2
+  assert_same_bits(restored, make_state(2))
+
+
+@pytest.mark.usefixtures('_collected')
+def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path):
+  save_steps(tmp_path, 1, 2)
+  for step in '12':
+    spoil(tmp_path / step)
+  with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match='remove that direct'):
+    checkpoints.restore_latest(make_state())
+  for attempt in (
+    lambda: restore(tmp_path, make_state()),
+    lambda: restore_subtrees(tmp_path, 'params', 'opt_state'),
+  ):
+    with pytest.raises(ValueError, match=rf'{tmp_path}/2 is damaged'):
+      attempt()
+
+
+SAVING = """
+import sys
+import jax.numpy as jnp
+from saq_jax.training.checkpoint import Checkpoints
+checkpoints = Checkpoints(sys.argv[1], keep=2)
+found = checkpoints.restore_latest({str(i): jnp.zeros((300, 300)) for i in range(20)})
+step = found[0] if found else 0
+while True:
+  step += 1
+  checkpoints.save(step, {str(i): jnp.full((300, 300), float(step)) for i in range(20)})
+  print(step, flush=True)
+"""
+
+
+def test_killed_in_mid_save_and_resumed(tmp_path):
+  """Four kills at random moments of a loop that does nothing but save."""
+  begun, moments = 0, random.Random(1)
+  example = {str(i): jnp.zeros((300, 300)) for i in range(20)}
+  half_written = 0
+  for _ in range(4):
+    child = subprocess.Popen([sys.executable, '-c', SAVING, str(tmp_path)], stdout=subprocess.PIPE)
+    for _ in range(3):
+      begun = int(next(child.stdout))
+    with pytest.raises(subprocess.TimeoutExpired):
+      child.wait(timeout=moments.uniform(0, 0.05))
+    child.kill()
+    child.wait()
+    half_written += any('tmp' in path.name for path in tmp_path.iterdir())
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+      step, restored = checkpoints.restore_latest(example)
+      assert step >= begun - 1  # a save waits for the one before it
+      assert all((leaf == step).all() for leaf in jax.tree.leaves(restored))
+      assert all(path.name.isdigit() for path in tmp_path.iterdir())
+  assert half_written
+
+
+# ---- Several processes, and logs
+
+
+PROCESS = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from saq_jax.training.checkpoint import Checkpoints, restore_subtrees
+jax.distributed.initialize('127.0.0.1:' + sys.argv[2], 2, int(sys.argv[3]))
+mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))
+rows = NamedSharding(mesh, PartitionSpec('data'))
+whole = NamedSharding(mesh, PartitionSpec())
+values = np.arange(24, dtype=np.float32).reshape(8, 3)
+make = lambda sharding: jax.make_array_from_callback((8, 3), sharding, lambda at: values[at])
+with Checkpoints(sys.argv[1]) as checkpoints:
+  checkpoints.save(1, {'a': make(rows), 'b': {'c/d': make(whole)}})
+  example = {'a': make(whole), 'b': {'c/d': make(rows)}}
+  step, state = checkpoints.restore_latest(example)
+  for leaf in jax.tree.leaves(state):
+    for shard in leaf.addressable_shards:
+      assert (np.asarray(shard.data) == values[shard.index]).all()
+part, = restore_subtrees(sys.argv[1], 'b')
+assert (part['c/d'] == values).all()
+print('done', step)
+"""
+
+
+def test_two_processes_save_and_restore_one_state(tmp_path):
+  port = str(random.randrange(20000, 40000))
+  env = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+  children = [
+    subprocess.Popen(
+      [sys.executable, '-c', PROCESS, str(tmp_path), port, str(index)],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      env=env,
+    )
+    for index in range(2)
+  ]
+  for child in children:
+    out, err = child.communicate(timeout=120)
+    assert out.endswith('done 1\n'), err
+
+
+def test_orbax_keeps_quiet(tmp_path, caplog):
+  before = absl_logging.get_verbosity()
+  absl_logging.set_verbosity(absl_logging.INFO)
+  logger = absl_logging.get_absl_logger()
+  logger.addHandler(caplog.handler)
+  try:
+    save_steps(tmp_path, 1, 2)
+    restore(tmp_path, make_state())
+    assert [record for record in caplog.records if record.name == 'absl'] == []
+    with caplog.at_level(logging.INFO):
+      absl_logging.info('the program itself')
+    assert 'the program itself' in caplog.text
+  finally:
+    logger.removeHandler(caplog.handler)
+    absl_logging.set_verbosity(before)
