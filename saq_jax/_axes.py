@@ -5,13 +5,15 @@ from jax import Array
 
 from saq_jax._paths import PyTree
 
+AxisName = str | tuple[str, ...]
 
-def mean(tree: PyTree, axis_name: str | None) -> PyTree:
+
+def mean(tree: PyTree, axis_name: AxisName | None) -> PyTree:
   """The mean over a mapped axis, as one collective; the tree itself where there is none."""
   return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
-def shared(tree: PyTree, axis_name: str | None) -> PyTree:
+def shared(tree: PyTree, axis_name: AxisName | None) -> PyTree:
   """The mean over a mapped axis, with which each device can go on as its own."""
   if axis_name is None:
     return tree
@@ -20,7 +22,9 @@ def shared(tree: PyTree, axis_name: str | None) -> PyTree:
   return jax.tree.map(lambda x: _as_varying(x, axis_name), common) if own else common
 
 
-def per_device(updates: PyTree, params: PyTree, axis_name: str | None) -> tuple[PyTree, PyTree]:
+def per_device(
+  updates: PyTree, params: PyTree, axis_name: AxisName | None
+) -> tuple[PyTree, PyTree]:
   """Marks params as each device's own, so that no gradient is summed behind our back.
 
   In `jax.shard_map` the gradient with respect to a value that is the same on all devices is
@@ -30,21 +34,28 @@ def per_device(updates: PyTree, params: PyTree, axis_name: str | None) -> tuple[
     return updates, params
   if not all(_varies(g, axis_name) for g in jax.tree.leaves(updates)):
     raise ValueError(
-      f'axis_name={axis_name!r}: each device must give its own gradient, but JAX has summed it '
-      f'over {axis_name!r} already. Before jax.grad, mark params as varying: '
-      f"params = jax.lax.pcast(params, {axis_name!r}, to='varying')."
+      f'axis_name={axis_name!r}: each device must give its own gradient, but this one is the same '
+      f'on all: it was averaged, or JAX has summed it over {axis_name!r}. Before jax.grad, mark '
+      f"params as varying: params = jax.lax.pcast(params, {axis_name!r}, to='varying')."
     )
   return updates, jax.tree.map(lambda x: _as_varying(x, axis_name), params)
 
 
-def _varies(x: Array, axis_name: str) -> bool:
-  """Whether a value inside `jax.shard_map` may differ between the devices of an axis."""
+def _varies(x: Array, axis_name: AxisName) -> bool:
+  """Whether a value inside `jax.shard_map` may differ along every one of the axes."""
+  return not _common(x, axis_name)
+
+
+def _as_varying(x: Array, axis_name: AxisName) -> Array:
+  """`x`, typed as one that may differ between the devices of the axes."""
+  common = _common(x, axis_name)
+  return jax.lax.pcast(x, common, to='varying') if common else x
+
+
+def _common(x: Array, axis_name: AxisName) -> tuple[str, ...]:
+  """Those of the axes along which `x` is typed as the same on all devices."""
   kind = jax.typeof(x)
   # JAX 0.10 renamed `vma`. Were a default put here, the next renaming would go unseen.
   varying = kind.vma if hasattr(kind, 'vma') else kind.manual_axis_type.varying
-  return axis_name in varying
-
-
-def _as_varying(x: Array, axis_name: str) -> Array:
-  """`x`, typed as one that may differ between the devices of an axis."""
-  return x if _varies(x, axis_name) else jax.lax.pcast(x, axis_name, to='varying')
+  names = (axis_name,) if isinstance(axis_name, str) else axis_name
+  return tuple(name for name in names if name not in varying)

@@ -62,8 +62,17 @@ positive.defvjp(
 )
 
 
+def quotient(x: Array, scale: Array) -> Array:
+  """`x / scale` by the reciprocal, one a scale.
+
+  XLA does this to a division itself, but only where the scale has no other use: a few codes in a
+  million would then depend on what else was compiled with them.
+  """
+  return x * (1 / scale)
+
+
 def grid_step(n: int, clip: Array) -> Array:
-  """`clip / n` as a product, which XLA would make of a division, but only where it compiles."""
+  """`clip / n` by the reciprocal, which XLA takes only where n is known to it."""
   return clip * (1 / n)
 
 
@@ -75,7 +84,7 @@ def standardize(x: Array, axes: tuple[int, ...] | None) -> Array:
   std = jnp.sqrt(jnp.sum((wide - mean) ** 2, axes, keepdims=True) / max(count - 1, 1))
   # The mean of equal numbers rounds, which leaves a deviation of that size and no variance.
   flat = std <= jnp.abs(mean) * jnp.finfo(wide.dtype).eps * 4
-  return (x - mean) / jnp.where(flat, 1.0, std)
+  return quotient(x - mean, jnp.where(flat, 1.0, std))
 
 
 # LSQ: s round(clip(x / s, low, high)).
@@ -83,7 +92,7 @@ def standardize(x: Array, axes: tuple[int, ...] | None) -> Array:
 
 def lsq_codes(x: Array, scale: Array, bounds: tuple[int, int]) -> Array:
   """Codes of LSQ."""
-  return _whole(jnp.clip(x / scale, *bounds))
+  return _whole(jnp.clip(quotient(x, scale), *bounds))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -102,8 +111,9 @@ def _lsq_bwd(
   bounds: tuple[int, int], factor: float, saved: tuple[Array, Array], ct: Array
 ) -> tuple[Array, Array]:
   x, scale = saved
-  v = x.astype(scale.dtype) / scale
-  inside = (v > bounds[0]) & (v < bounds[1])
+  wide = x.astype(scale.dtype)
+  v = quotient(wide, scale)
+  inside = (wide > bounds[0] * scale) & (wide < bounds[1] * scale)
   d_scale = jnp.where(inside, jnp.round(v) - v, jnp.clip(v, *bounds)) * ct.astype(scale.dtype)
   return jnp.where(inside, ct, 0), _sum_to(d_scale, scale.shape) * factor
 
@@ -137,8 +147,8 @@ def least_squares_scale(
 def clipped_codes(signed: bool, n: int, x: Array, clip: Array) -> Array:
   """Codes 0 to n of the range [-clip, clip] (signed) or [0, clip]."""
   if signed:
-    return _whole((jnp.clip(x / clip, -1, 1) + 1) * (n / 2))
-  return _whole(jnp.clip(x / clip, 0, 1) * n)
+    return _whole((jnp.clip(quotient(x, clip), -1, 1) + 1) * (n / 2))
+  return _whole(jnp.clip(quotient(x, clip), 0, 1) * n)
 
 
 def clipped_values(signed: bool, n: int, codes: Array, clip: Array) -> Array:
@@ -161,8 +171,9 @@ def _clipped_bwd(
   signed: bool, n: int, saved: tuple[Array, Array], ct: Array
 ) -> tuple[Array, Array]:
   x, clip = saved
-  v = x.astype(clip.dtype) / clip
-  inside = (v >= (-1 if signed else 0)) & (v <= 1)
+  wide = x.astype(clip.dtype)
+  v = quotient(wide, clip)
+  inside = (wide >= (-clip if signed else 0)) & (wide <= clip)
   one = jnp.ones_like(clip)
   unit = clipped_values(signed, n, clipped_codes(signed, n, v, one), one)
   d_clip = (unit - jnp.where(inside, v, 0)) * ct.astype(clip.dtype)
@@ -177,7 +188,7 @@ clipped.defvjp(_clipped_fwd, _clipped_bwd)
 
 def pact_codes(signed: bool, n: int, x: Array, clip: Array) -> Array:
   """Codes -n to n (signed) or 0 to n."""
-  return _whole(jnp.clip(x / clip, -1 if signed else 0, 1) * n)
+  return _whole(jnp.clip(quotient(x, clip), -1 if signed else 0, 1) * n)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -192,9 +203,9 @@ def _pact_fwd(signed: bool, n: int, x: Array, clip: Array) -> tuple[Array, tuple
 
 def _pact_bwd(signed: bool, n: int, saved: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
   x, clip = saved
-  v = x.astype(clip.dtype) / clip
-  above = v >= 1
-  below = (v <= -1) if signed else (v < 0)
+  wide = x.astype(clip.dtype)
+  above = wide >= clip
+  below = (wide <= -clip) if signed else (wide < 0)
   d_clip = jnp.where(above, 1.0, jnp.where(below & signed, -1.0, 0.0)) * ct.astype(clip.dtype)
   return jnp.where(above | below, 0, ct), _sum_to(d_clip, clip.shape)
 

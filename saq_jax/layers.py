@@ -131,10 +131,12 @@ class BatchNorm(nn.BatchNorm):
     y = super().__call__(x, use_running_average, mask=mask)
     frozen = nn.merge_param('use_running_average', self.use_running_average, use_running_average)
     if not frozen and not self.is_initializing():
-      n = x.size // x.shape[-1]
+      n: int | Array = x.size // x.shape[-1]
+      if mask is not None:
+        n = jnp.sum(jnp.broadcast_to(mask, x.shape) != 0, tuple(range(x.ndim - 1)))
       new: Array = self.get_variable('batch_stats', 'var')
       update = new - self.momentum * old
-      self.put_variable('batch_stats', 'var', new + update / max(n - 1, 1))
+      self.put_variable('batch_stats', 'var', new + update / jnp.maximum(n - 1, 1))
     return y
 
 

@@ -235,4 +235,4 @@ class DoReFa(LIQ):
     t = jnp.tanh(x.astype(ste.compute_dtype(x)))
     peak = jnp.max(jnp.abs(t), ste.reduced_axes(x, self.axis), keepdims=True)
     # Below the floor the gradient through the maximum, of 1/peak^2, would overflow.
-    return t / jnp.where(peak > ste.MIN_SCALE, peak, 1.0)
+    return ste.quotient(t, jnp.where(peak > ste.MIN_SCALE, peak, 1.0))

@@ -69,7 +69,7 @@ def saq(
   adaptive: bool = False,
   eta: float = 0.01,
   accumulate_clean_grad: bool = False,
-  axis_name: str | None = None,
+  axis_name: axes.AxisName | None = None,
   sync_perturbation: bool = True,
   has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -95,13 +95,15 @@ def saq(
       T is taken for every perturbed leaf, biases and norms too.
     eta: at least 0; used if adaptive.
     accumulate_clean_grad: return pullback(g) + pullback(g2), as the authors' later code does.
-    axis_name: a mapped axis (`jax.shard_map`) over which the batch is split. `updates` and what
-      `grad_fn` returns are then each device's own, and the result is their mean. Not needed
-      under plain `jax.jit`, where the gradient is global.
+    axis_name: a mapped axis (`jax.shard_map`) over which the batch is split, or a tuple of them.
+      `updates` and what `grad_fn` returns are then each device's own, and the result is their
+      mean. Not needed under plain `jax.jit`, where the gradient is global.
     sync_perturbation: with axis_name, whether eps comes from the mean gradient (one more
       collective) or from each device's own ("m-sharpness", as in the authors' code).
     has_aux: `grad_fn` returns (gradient, aux), as `jax.grad(..., has_aux=True)`; aux is left in
-      the state.
+      the state. Take it out with `state._replace(aux=None)` where the state must keep its
+      structure (`jax.lax.scan`, a step that is compiled once). With axis_name it is each
+      device's own.
 
   Returns:
     A `GradientTransformationExtraArgs` with a `SAQState`, whose update needs `params` and
@@ -181,7 +183,7 @@ def saq(
 
 
 def qat(
-  quantize: Quantize, *, axis_name: str | None = None
+  quantize: Quantize, *, axis_name: axes.AxisName | None = None
 ) -> optax.GradientTransformationExtraArgs:
   """Plain quantization-aware training in the chain slot of `saq`: returns `pullback(g)`.
 
@@ -252,7 +254,7 @@ def _finish(
   radius: Array,
   norm: Array,
   aux: Any,
-  axis_name: str | None,
+  axis_name: axes.AxisName | None,
   same_clean: bool,
 ) -> tuple[PyTree, SAQState]:
   """The mean over devices, where there are several, and the new state.

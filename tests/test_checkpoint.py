@@ -137,14 +137,28 @@ def test_the_last_ones_are_kept_and_a_step_is_saved_once(tmp_path):
     Checkpoints(tmp_path, keep=0)
 
 
+FULL = """
+import resource, sys
+import jax, jax.numpy as jnp
+from saq_jax.training.checkpoint import Checkpoints
+checkpoints = Checkpoints(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+checkpoints.save(1, {'a': jax.random.normal(jax.random.key(0), (500, 500))})
+try:
+  getattr(checkpoints, sys.argv[2])()
+except (OSError, ValueError):
+  print('failed')
+"""
+
+
 @pytest.mark.parametrize('how', ['wait', 'close'])
 def test_a_save_that_fails_is_not_silent(tmp_path, how):
-  checkpoints = Checkpoints(tmp_path / 'run')
-  checkpoints.save(1, {str(i): jnp.ones((500, 500)) for i in range(10)})
-  os.rename(tmp_path / 'run', tmp_path / 'elsewhere')  # while it is being written
-  (tmp_path / 'run').touch()
-  with pytest.raises((OSError, ValueError)):
-    getattr(checkpoints, how)()
+  """A limit on the size of files stands for a full disk."""
+  command = [sys.executable, '-c', FULL, str(tmp_path), how]
+  child = subprocess.run(command, capture_output=True, text=True, timeout=60)
+  assert child.stdout == 'failed\n', child.stderr
+  with pytest.raises(ValueError, match='no checkpoint'):
+    find_checkpoint(tmp_path)
 
 
 def test_names_that_orbax_would_mix_up_are_refused(tmp_path):

@@ -55,13 +55,6 @@ def _python(code: str, *args: str) -> subprocess.Popen[str]:
   )
 
 
-@pytest.fixture(scope='session')
-def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-  data_dir = str(tmp_path_factory.mktemp('tfds'))
-  prepare_digits(data_dir)
-  return data_dir
-
-
 # The builder.
 
 

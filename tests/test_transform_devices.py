@@ -51,19 +51,25 @@ def step(tx, params, state, x, y):
   return tx.update(fn(quantize(params)), state, params, grad_fn=fn)
 
 
-def mapped(tx, *, check_vma=True, pcast=True):
-  """The step in `jax.shard_map`, the batch split, params and state the same on all devices."""
+def mapped(tx, *, check_vma=True, varying='data', over='data', given=()):
+  """The step in `jax.shard_map`: the batch split, params and state the same on all devices.
+
+  `over` names the axes over which the batch is split, `varying` those of the `pcast`, if any,
+  and `given` those of a second one, of the params that the update is given.
+  """
 
   def own_step(params, state, x, y):
     fn = jax.grad(lambda z: loss(z, x, y))
-    own = jax.lax.pcast(params, 'data', to='varying') if pcast else params
+    own = jax.lax.pcast(params, varying, to='varying') if varying else params
+    params = jax.lax.pcast(params, given, to='varying')
     return tx.update(fn(quantize(own)), state, params, grad_fn=fn)
 
+  sizes = ((DEVICES, 'data'),) if over == 'data' else ((4, 'data'), (2, 'fsdp'))
   return jax.jit(
     jax.shard_map(
       own_step,
-      mesh=make_mesh((DEVICES, 'data')),
-      in_specs=(P(), P(), P('data'), P('data')),
+      mesh=make_mesh(*sizes),
+      in_specs=(P(), P(), P(over), P(over)),
       out_specs=P(),
       check_vma=check_vma,
     )
@@ -173,7 +179,7 @@ def test_a_synchronised_perturbation_is_the_global_step(case, check_vma, all_opt
   one = saq(quantize, RHO, **options)
   want = run(jax.jit(functools.partial(step, one)), one)
   tx = saq(quantize, RHO, **options, axis_name='data')
-  got = run(mapped(tx, check_vma=check_vma, pcast=check_vma), tx)
+  got = run(mapped(tx, check_vma=check_vma, varying=check_vma and 'data'), tx)
   close(got, want)
 
 
@@ -189,7 +195,7 @@ def test_a_perturbation_per_device_is_the_mean_over_shards(case, check_vma, accu
     sync_perturbation=False,
     accumulate_clean_grad=accumulate,
   )
-  out, state = run(mapped(tx, check_vma=check_vma, pcast=check_vma), tx)
+  out, state = run(mapped(tx, check_vma=check_vma, varying=check_vma and 'data'), tx)
   want = per_device(case, accumulate=accumulate)
   close(flat(out), want['out'])
   close(
@@ -202,28 +208,47 @@ def test_a_perturbation_per_device_is_the_mean_over_shards(case, check_vma, accu
 @checked
 def test_qat_returns_the_mean_gradient(check_vma):
   tx = qat(quantize, axis_name='data')
-  got = run(mapped(tx, check_vma=check_vma, pcast=check_vma), tx)
+  got = run(mapped(tx, check_vma=check_vma, varying=check_vma and 'data'), tx)
   one = qat(quantize)
   want = run(jax.jit(functools.partial(step, one)), one)
   close(got, want)
   close(flat(got[0]), per_device(3, shards=1)['clean'])
 
 
+BOTH = ('data', 'fsdp')
+
+
+@every_case
+def test_a_batch_may_be_split_over_two_axes(case):
+  tx = saq(quantize, RHO, case=case, axis_name=BOTH)
+  for check_vma in (True, False):
+    got = run(mapped(tx, check_vma=check_vma, varying=check_vma and BOTH, over=BOTH), tx)
+    close(got, global_step(case))
+  own = saq(quantize, RHO, case=case, axis_name=BOTH, sync_perturbation=False)
+  out, _ = run(mapped(own, varying=BOTH, over=BOTH), own)
+  close(flat(out), per_device(case)['out'])
+
+
+@pytest.mark.parametrize('given', [('data',), BOTH])
+def test_params_may_be_given_as_varying_already(given):
+  tx = saq(quantize, RHO, axis_name=BOTH)
+  close(run(mapped(tx, varying=BOTH, over=BOTH, given=given), tx), global_step(3))
+
+
+@pytest.mark.parametrize(
+  ('axis_name', 'varying'), [('data', None), (BOTH, None), (BOTH, 'data')], ids=str
+)
 @pytest.mark.parametrize(
   'make',
-  [
-    functools.partial(saq, axis_name='data'),
-    functools.partial(saq, axis_name='data', sync_perturbation=False),
-    functools.partial(qat, axis_name='data'),
-  ],
+  [saq, functools.partial(saq, sync_perturbation=False), qat],
   ids=['sync', 'per_device', 'qat'],
 )
-def test_a_gradient_that_is_summed_already_is_an_error(make):
+def test_a_gradient_that_is_summed_already_is_an_error(make, axis_name, varying):
   """Without pcast JAX sums the gradient over the devices, and everything is eight times too big."""
-  tx = make(quantize)
-  message = r"params = jax\.lax\.pcast\(params, 'data', to='varying'\)"
-  with pytest.raises(ValueError, match=message):
-    run(mapped(tx, pcast=False), tx)
+  tx = make(quantize, axis_name=axis_name)
+  message = f"params = jax.lax.pcast(params, {axis_name!r}, to='varying')"
+  with pytest.raises(ValueError, match=re.escape(message)):
+    run(mapped(tx, varying=varying, over=axis_name), tx)
 
 
 def test_several_steps_stay_the_same_on_all_devices():

@@ -15,7 +15,6 @@ from flax.training.train_state import TrainState
 from transform_reference import (
   NO_SCALES,
   Identity,
-  S,
   Smooth,
   ThreeBitLIQ,
   V,
@@ -446,4 +445,3 @@ def test_a_chain_may_hold_qat_where_saq_was():
       grad_fn(Smooth.fn(params)), chain.init(params), params, grad_fn=grad_fn
     )
     close(flat(updates), -RATE * want)
-  assert abs(V[S]) > 0

@@ -39,7 +39,5 @@ def read(record, prefix):
   for key in record.files:
     if key.startswith(prefix + '/') and (path := our_path(key[len(prefix) + 1 :])):
       flat[path[0]][path[1]] = our_layout(key, record[key].astype(np.float64))
-  model, stats = (
-    traverse_util.unflatten_dict(flat[k], sep='/') for k in ('model', 'batch_stats')
-  )
+  model, stats = (traverse_util.unflatten_dict(flat[k], sep='/') for k in ('model', 'batch_stats'))
   return {'model': model, 'scales': flat['scales']}, stats

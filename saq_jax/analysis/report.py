@@ -122,5 +122,3 @@ def _write(path: Path, content: bytes) -> Path:
   beside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   beside.write_bytes(content)
   return beside.replace(path)
-
-

@@ -93,9 +93,13 @@ def _override(cls: Any, values: dict[str, Any], keys: list[str], text: str, name
   """Sets one value, given as text, in nested dicts."""
   hints = typing.get_type_hints(cls)
   key = keys[0]
-  if key not in hints or (len(keys) > 1) != dataclasses.is_dataclass(hints[key]):
+  group = dataclasses.is_dataclass(hints.get(key))
+  if key not in hints or (len(keys) > 1 and not group):
     raise ConfigError(_unknown(cls, name))
-  if len(keys) > 1:
+  if group and len(keys) == 1:
+    known = ', '.join(f'{name}.{k}' for k in typing.get_type_hints(hints[key]))
+    raise ConfigError(f'{name} is a group of settings: set one of {known}.')
+  if group:
     _override(hints[key], values.setdefault(key, {}), keys[1:], text, name)
   else:
     values[key] = _from_text(hints[key], text, name)

@@ -1,0 +1,126 @@
+"""Runs that are killed: the restarted one ends with the bits of one that was not."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from saq_jax.training.checkpoint import restore_subtrees
+from saq_jax.training.metrics import read_metrics
+
+SETTINGS = [
+  '--config.model.width=2',
+  '--config.data.batch_size=128',
+  '--config.float_stage.epochs=2',
+  '--config.quant_stage.epochs=6',
+  '--config.checkpoint_every_epochs=0.5',
+  '--config.log_every_steps=1',
+]
+
+
+def command(workdir, digits_dir):
+  return [
+    sys.executable, '-m', 'saq_jax.main', f'--workdir={workdir}',
+    f'--config.data.data_dir={digits_dir}', *SETTINGS,
+  ]  # fmt: skip
+
+
+def start(workdir, digits_dir, env):
+  # Without a terminal the program writes to a pipe, as under a scheduler.
+  return subprocess.Popen(
+    command(workdir, digits_dir),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    env=env,
+  )
+
+
+def lines(path):
+  return path.read_text().count('\n') if path.exists() else 0
+
+
+def wait_for_line(process, path, count):
+  """Waits until a file of metrics has so many lines."""
+  deadline = time.monotonic() + 180
+  while lines(path) < count:
+    assert process.poll() is None, f'it ended before line {count}: {process.stdout.read()}'
+    assert time.monotonic() < deadline, 'it takes too long'
+    time.sleep(0.002)
+
+
+@pytest.fixture(scope='module')
+def unbroken(tmp_path_factory, digits_dir, user_env):
+  workdir = tmp_path_factory.mktemp('unbroken') / 'run'
+  subprocess.run(command(workdir, digits_dir), check=True, capture_output=True, env=user_env)
+  return workdir
+
+
+def assert_same_run(workdir, unbroken):
+  for stage in ('float', 'qat', 'saq'):
+    ours, theirs = (
+      restore_subtrees(w / stage, 'step', 'params', 'batch_stats', 'opt_state')
+      for w in (workdir, unbroken)
+    )
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+      assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert read_metrics(workdir / stage) == read_metrics(unbroken / stage), stage
+  assert (workdir / 'results.json').read_bytes() == (unbroken / 'results.json').read_bytes()
+
+
+def test_killed_at_three_random_steps_and_resumed(tmp_path, digits_dir, user_env, unbroken):
+  draw = random.Random(20211123)
+  for stage, last in (('float', 22), ('qat', 60), ('saq', 60)):
+    process = start(tmp_path / 'run', digits_dir, user_env)
+    wait_for_line(process, tmp_path / 'run' / stage / 'metrics.jsonl', draw.randrange(2, last))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+  subprocess.run(
+    command(tmp_path / 'run', digits_dir), check=True, capture_output=True, env=user_env
+  )
+  assert_same_run(tmp_path / 'run', unbroken)
+
+
+def test_sigterm_saves_and_exits_0_within_seconds(tmp_path, digits_dir, user_env, unbroken):
+  metrics = tmp_path / 'run' / 'saq' / 'metrics.jsonl'
+  process = start(tmp_path / 'run', digits_dir, user_env)
+  wait_for_line(process, metrics, 7)
+  began = time.monotonic()
+  process.send_signal(signal.SIGTERM)
+  output, _ = process.communicate(timeout=60)
+  assert time.monotonic() - began < 20
+  assert process.returncode == 0, output
+  assert "SIGTERM: saved stage 'saq' at step" in output
+  assert 'Traceback' not in output
+  (step,) = restore_subtrees(tmp_path / 'run' / 'saq', 'step')
+  assert 7 <= int(step) < 67
+  assert read_metrics(metrics)[-1]['step'] == int(step)  # its lines are whole up to the save
+  subprocess.run(
+    command(tmp_path / 'run', digits_dir), check=True, capture_output=True, env=user_env
+  )
+  assert_same_run(tmp_path / 'run', unbroken)
+
+
+def test_divergence_is_named_and_exits_1(tmp_path, digits_dir, user_env):
+  run = subprocess.run(
+    [
+      *command(tmp_path / 'run', digits_dir),
+      '--config.float_stage.lr=1e30',
+      '--config.float_stage.schedule=constant',
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+    env=user_env,
+  )
+  assert run.returncode == 1, run.stdout + run.stderr
+  last = run.stderr.strip().splitlines()[-1]
+  for words in ("stage 'float' diverged at step", 'learning rate 1e+30', 'checkpoint'):
+    assert words in last
+  assert 'Traceback' not in run.stderr
