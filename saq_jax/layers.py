@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from jax import Array
@@ -23,7 +24,8 @@ class ActQuant(nn.Module):
   """Quantizes an activation, with a learnable scale where the quantizer has one.
 
   The scale is the parameter 'quant_scale'. `model.init` finds it from the batch that it is given
-  (zeros give one), `calibrate` from a batch at any later time. A quantizer with `bits=None` has
+  (zeros give one), `calibrate` from a batch at any later time, through the collection
+  'calibration': where that is mutable, the scale is found anew. A quantizer with `bits=None` has
   no parameter and costs nothing.
 
   Attributes:
@@ -134,6 +136,8 @@ class BatchNorm(nn.BatchNorm):
       n: int | Array = x.size // x.shape[-1]
       if mask is not None:
         n = jnp.sum(jnp.broadcast_to(mask, x.shape) != 0, tuple(range(x.ndim - 1)))
+      if self.axis_name is not None:
+        n = jax.lax.psum(n, self.axis_name)
       new: Array = self.get_variable('batch_stats', 'var')
       update = new - self.momentum * old
       self.put_variable('batch_stats', 'var', new + update / jnp.maximum(n - 1, 1))

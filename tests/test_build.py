@@ -1,6 +1,7 @@
 """What is built from settings: rules, schedules and optimizers against formulas in NumPy."""
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from saq_jax import LIQ, LSQ, PACT, DoReFa, QuantRule, weight_quantizer
+from saq_jax import LIQ, LSQ, PACT, DoReFa, QuantRule, saq, weight_quantizer
 from saq_jax._paths import named_leaves
 from saq_jax.training.build import (
   FLOATING,
@@ -28,9 +29,8 @@ RNG = np.random.default_rng(0)
 
 
 def model_shapes(network):
-  x = jnp.zeros((1, 8, 8, 1))
-  variables = jax.eval_shape(lambda k: network.model.init(k, x, train=False), jax.random.key(0))
-  return variables['params']
+  make = functools.partial(network.model.init, train=False)
+  return jax.eval_shape(make, jax.random.key(0), jnp.zeros((1, 8, 8, 1)))['params']
 
 
 # Networks.
@@ -48,22 +48,17 @@ def test_quantizer_of_each_weight():
 
 
 def test_the_defaults_are_8_4_and_8_bits():
-  network = build_network(SMALL, QuantConfig(), num_classes=10)
-  assigned = network.quantize.assign(model_shapes(network))
-  bits = {path: quantizer.bits for path, quantizer in assigned.items()}
-  assert (bits.pop('conv/kernel'), bits.pop('fc/kernel'), set(bits.values())) == (8, 8, {4})
-  assert (network.model.act.bits, network.model.last_act.bits) == (4, 8)
+  quant = QuantConfig()
+  assert (quant.first_bits, quant.bits, quant.act_bits, quant.last_bits) == (8, 4, 4, 8)
 
 
 @pytest.mark.parametrize(
   ('name', 'kind'), [('lsq', LSQ), ('liq', LIQ), ('pact', PACT), ('dorefa', DoReFa)]
 )
 def test_quantizers_by_name(name, kind):
-  quant = dataclasses.replace(BITS, weights=name)
-  network = build_network(SMALL, quant, num_classes=10)
-  chosen = network.quantize.assign(model_shapes(network))
-  assert {type(q) for q in chosen.values()} == {kind}
-  assert {q.signed for q in chosen.values()} == {True}
+  network = build_network(SMALL, dataclasses.replace(BITS, weights=name), num_classes=10)
+  chosen = network.quantize.assign(model_shapes(network)).values()
+  assert {(type(q), q.signed) for q in chosen} == {(kind, True)}
   assert type(network.model.act) is LIQ
   network = build_network(SMALL, dataclasses.replace(BITS, acts=name), num_classes=10)
   assert network.model.act == kind(bits=4, signed=False)
@@ -74,28 +69,23 @@ def test_floating_is_the_identity_without_scales():
   network = build_network(SMALL, FLOATING, num_classes=10)
   model = jax.tree.map(lambda s: RNG.normal(size=s.shape), model_shapes(network))
   params = network.quantize.init(model)
-  assert params['scales'] == {}
-  assert not [path for path in named_leaves(model) if 'quant_scale' in path]
+  assert not [path for path in named_leaves(params) if 'scales' in path or 'quant_scale' in path]
   jax.tree.map(np.testing.assert_array_equal, network.quantize(params)['model'], model)
 
 
 def test_networks_of_equal_settings_are_equal_and_hash_alike():
   one, two = (build_network(SMALL, BITS, num_classes=10) for _ in range(2))
-  assert one == two
-  assert hash(one) == hash(two)
+  assert (one, hash(one)) == (two, hash(two))
   assert one != build_network(SMALL, FLOATING, num_classes=10)
 
 
-@pytest.mark.parametrize(('name', 'dtype'), [('float32', jnp.float32), ('bfloat16', jnp.bfloat16)])
-def test_dtype_of_the_computation_and_of_the_parameters(name, dtype):
+@pytest.mark.parametrize('name', ['float32', 'bfloat16'])
+def test_dtype_of_the_computation_and_of_the_parameters(name):
   network = build_network(dataclasses.replace(SMALL, dtype=name), BITS, num_classes=10)
-  shapes, x = model_shapes(network), jnp.zeros((2, 8, 8, 1))
-  assert {s.dtype for s in jax.tree.leaves(shapes)} == {jnp.dtype('float32')}
-  _, variables = jax.eval_shape(
-    lambda k: network.model.init_with_output(k, x, train=False), jax.random.key(0)
-  )
-  logits = jax.eval_shape(lambda v: network.model.apply(v, x, train=False), variables)
-  assert (logits.shape, logits.dtype) == ((2, 10), dtype)
+  make = functools.partial(network.model.init_with_output, train=False)
+  logits, variables = jax.eval_shape(make, jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
+  assert (logits.shape, logits.dtype) == ((2, 10), jnp.dtype(name))
+  assert {s.dtype for s in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
 
 
 # Schedules.
@@ -105,9 +95,8 @@ def test_cosine_after_a_linear_rise():
   stage = StageConfig(epochs=5, lr=0.3, schedule='cosine', warmup_epochs=1)
   _, lr = build_optimizer(stage, steps_per_epoch=4)
   for step in range(21):
-    rest = 0.3 * 0.5 * (1 + math.cos(math.pi * (step - 4) / 16))
-    want = 0.3 * (step + 1) / 4 if step < 4 else rest
-    np.testing.assert_allclose(lr(step), want, rtol=1e-5, atol=1e-8)
+    want = (step + 1) / 4 if step < 4 else (1 + math.cos(math.pi * (step - 4) / 16)) / 2
+    np.testing.assert_allclose(lr(step), 0.3 * want, rtol=1e-5, atol=1e-8)
 
 
 def test_steps_at_the_milestones():
@@ -119,7 +108,7 @@ def test_steps_at_the_milestones():
 
 def test_constant():
   _, lr = build_optimizer(StageConfig(lr=0.3, schedule='constant'), steps_per_epoch=2.5)
-  np.testing.assert_allclose([lr(0), lr(10_000)], 0.3, rtol=1e-6)
+  assert lr(0) == lr(10_000) == 0.3
 
 
 @pytest.mark.parametrize(('epochs', 'per_epoch', 'want'), [(3, 2.5, 8), (0.5, 10, 5), (0.01, 2, 1)])
@@ -129,15 +118,10 @@ def test_number_of_steps(epochs, per_epoch, want):
 
 # Optimizers.
 
+LAYER = {'kernel': RNG.normal(size=(2, 3)), 'bias': RNG.normal(size=3)}
 PARAMS = {
-  'model': {
-    'a': {
-      'kernel': RNG.normal(size=(2, 3)),
-      'bias': RNG.normal(size=3),
-      'input': {'quant_scale': RNG.normal()},
-    }
-  },
-  'scales': {'a/kernel': RNG.normal()},
+  'model': {'a': LAYER | {'input': {'quant_scale': RNG.normal()}}},
+  'scales': {'a/kernel': 0.05},  # Which clips some of the kernel.
 }
 SCALES = {'model/a/input/quant_scale', 'scales/a/kernel'}
 
@@ -150,20 +134,18 @@ def train(stage, steps_per_epoch, steps=4):
     state = optimizer.init(params)
     rng, grads, trail = np.random.default_rng(1), [], []
     for _ in range(steps):
-      g = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=np.shape(x))), PARAMS)
-      updates, state = optimizer.update(g, state, params)
+      g = jax.tree.map(lambda x: rng.normal(size=np.shape(x)), PARAMS)
+      updates, state = optimizer.update(jax.tree.map(jnp.asarray, g), state, params)
       params = optax.apply_updates(params, updates)
       grads.append(named_leaves(g))
-      trail.append(named_leaves(params))
+      trail.append(named_leaves(jax.tree.map(np.asarray, params)))
   return trail, grads
 
 
 @pytest.mark.parametrize('decay', ['all', 'kernels'])
 def test_sgd_is_pytorchs(decay):
-  # One step an epoch: 0.3 then, from step 2, a tenth of it; the scales' own rate likewise.
-  stage = StageConfig(
-    lr=0.3, scale_lr=0.07, momentum=0.8, weight_decay=0.2, decay=decay, schedule='step', milestones=(2,)
-  )
+  rates = {'lr': 0.3, 'scale_lr': 0.07, 'schedule': 'step', 'milestones': (2,)}
+  stage = StageConfig(**rates, momentum=0.8, weight_decay=0.2, decay=decay)
   trail, grads = train(stage, steps_per_epoch=1)
   for path, p in named_leaves(PARAMS).items():
     decayed = 0.2 if decay == 'all' or path == 'model/a/kernel' else 0.0
@@ -172,14 +154,13 @@ def test_sgd_is_pytorchs(decay):
       g = grads[step][path] + decayed * p
       buffer = 0.8 * buffer + g
       p = p - top * (1 if step < 2 else 0.1) * (g + 0.8 * buffer)
-      np.testing.assert_allclose(trail[step][path], p, rtol=1e-6, atol=1e-9, err_msg=path)
+      np.testing.assert_allclose(trail[step][path], p, rtol=1e-7, atol=1e-9, err_msg=path)
 
 
 @pytest.mark.parametrize('decay', ['all', 'kernels'])
 def test_adamw_is_its_formula(decay):
-  stage = StageConfig(
-    optimizer='adamw', lr=0.3, scale_lr=0.07, weight_decay=0.2, decay=decay, schedule='constant'
-  )
+  rates = {'lr': 0.3, 'scale_lr': 0.07, 'schedule': 'constant'}
+  stage = StageConfig(**rates, optimizer='adamw', weight_decay=0.2, decay=decay)
   trail, grads = train(stage, steps_per_epoch=1)
   for path, p in named_leaves(PARAMS).items():
     decayed = 0.2 if decay == 'all' or path == 'model/a/kernel' else 0.0
@@ -189,7 +170,7 @@ def test_adamw_is_its_formula(decay):
       m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
       m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
       p = p - (0.07 if path in SCALES else 0.3) * (m_hat / (np.sqrt(v_hat) + 1e-8) + decayed * p)
-      np.testing.assert_allclose(trail[step][path], p, rtol=1e-6, atol=1e-9, err_msg=path)
+      np.testing.assert_allclose(trail[step][path], p, rtol=1e-7, atol=1e-9, err_msg=path)
 
 
 # Perturbation.
@@ -197,9 +178,9 @@ def test_adamw_is_its_formula(decay):
 NETWORK = Network(nn.Dense(3), weight_quantizer([QuantRule('a/kernel', LSQ(bits=4))]))
 
 
-def slot_step(config, *rest, steps_per_epoch=1.0, steps=1):
-  """The chain's updates and states, with the points of the second gradients; gradients 1, 2, ..."""
-  tx = optax.chain(build_slot(NETWORK, config, steps_per_epoch), *rest)
+def slot_step(*links, steps=1):
+  """A chain's updates and states, and the points of the second gradients; gradients 1, 2, ..."""
+  tx = optax.chain(*links)
   params = jax.tree.map(lambda x: jnp.asarray(x, float), PARAMS)
   state, out, seen = tx.init(params), [], []
   values = iter(range(1, 20))
@@ -219,7 +200,7 @@ def slot_step(config, *rest, steps_per_epoch=1.0, steps=1):
 @pytest.mark.parametrize('of_acts', [False, True])
 def test_which_scales_are_perturbed(of_weights, of_acts):
   config = SAQConfig(rho=0.5, perturb_weight_scales=of_weights, perturb_act_scales=of_acts)
-  [(_, (slot,))], (point,), g, z = slot_step(config)
+  [(_, (slot,))], (point,), g, z = slot_step(build_slot(NETWORK, config, 1))
   left_out = {p for p, on in zip(sorted(SCALES), (of_acts, of_weights), strict=True) if not on}
   norm = np.sqrt(sum(np.sum(x**2) for path, x in g.items() if path not in left_out))
   np.testing.assert_allclose(slot.grad_norm, norm, rtol=1e-6)
@@ -229,24 +210,40 @@ def test_which_scales_are_perturbed(of_weights, of_acts):
 
 
 def test_rho_is_0_during_its_warm_up():
-  config = SAQConfig(rho=0.3, warmup_epochs=1.5)
-  out, seen, _, z = slot_step(config, steps_per_epoch=2, steps=5)
+  slot = build_slot(NETWORK, SAQConfig(rho=0.3, warmup_epochs=1.5), steps_per_epoch=2)
+  out, seen, _, z = slot_step(slot, steps=5)
   np.testing.assert_allclose([slot.rho for _, (slot,) in out], [0, 0, 0, 0.3, 0.3], rtol=1e-6)
   shifts = [math.sqrt(sum(np.sum((point[p] - z[p]) ** 2) for p in z)) for point in seen]
   np.testing.assert_allclose(shifts, [0, 0, 0, 0.3, 0.3], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('name', 'value'), [('case', 1), ('case', 2), ('adaptive', True), ('accumulate_clean_grad', True)]
+)
+def test_settings_that_reach_saq_as_they_are(name, value):
+  chosen = {'rho': 0.5, 'eta': 0.3, name: value}
+  slots = [build_slot(NETWORK, SAQConfig(**x), 1) for x in (chosen, {'rho': 0.5, 'eta': 0.3})]
+  runs = [slot_step(slot) for slot in (*slots, saq(NETWORK.quantize, has_aux=True, **chosen))]
+  got, default, want = (
+    np.hstack([np.ravel(x) for tree in (updates, point) for x in tree.values()])
+    for [(updates, _)], [point], _, _ in runs
+  )
+  np.testing.assert_array_equal(got, want)
+  assert np.any(got != default)
 
 
 @pytest.mark.parametrize('case', [None, 1, 2, 3])
 @pytest.mark.parametrize('clip_norm', [0.25, 1e4])
 def test_clipping_acts_on_the_gradient_after_the_perturbation(case, clip_norm):
   config = None if case is None else SAQConfig(rho=0.5, case=case)
-  sgd = {'lr': 1.0, 'scale_lr': 1.0, 'momentum': 0.0, 'weight_decay': 0.0, 'schedule': 'constant'}
-  [(sharp, _)], plain_points, _, _ = slot_step(config)
-  optimizer, _ = build_optimizer(StageConfig(**sgd, clip_norm=clip_norm), 1)
-  [(updates, (slot, _))], points, _, _ = slot_step(config, optimizer)
+  [(sharp, _)], plain_points, _, _ = slot_step(build_slot(NETWORK, config, 1))
+  plain = {'momentum': 0.0, 'weight_decay': 0.0, 'schedule': 'constant'}
+  optimizer, _ = build_optimizer(StageConfig(lr=0.5, scale_lr=0.1, clip_norm=clip_norm, **plain), 1)
+  [(updates, (slot, _))], points, _, _ = slot_step(build_slot(NETWORK, config, 1), optimizer)
   # What saq sees is not clipped; what it returns is, over weights and scales together.
-  norm = math.sqrt(sum(np.sum(x**2) for x in sharp.values()))
+  norm = np.sqrt(sum(np.sum(x**2) for x in sharp.values()))
   np.testing.assert_allclose(slot.sharp_grad_norm, norm, rtol=1e-6)
   jax.tree.map(np.testing.assert_array_equal, points, plain_points)
   for path, x in updates.items():
-    np.testing.assert_allclose(x, -sharp[path] * min(1, clip_norm / norm), rtol=1e-5)
+    want = -(0.1 if path in SCALES else 0.5) * sharp[path] * min(1, clip_norm / norm)
+    np.testing.assert_allclose(x, want, rtol=1e-5)

@@ -65,6 +65,12 @@ def test_dense_is_the_product_of_the_quantized_input():
   close(layer.apply({'params': params}, X), want)
 
 
+def test_a_quantizer_without_a_scale():
+  layer = Dense(4, use_bias=False, input_quantizer=DoReFa(bits=2, signed=False))
+  variables = layer.init(KEY, X)
+  close(layer.apply(variables, X), liq(X, 1.0, 2) @ np.asarray(variables['params']['kernel']))
+
+
 def test_einsum_quantizes_each_operand_by_its_own_quantizer():
   q, k = X[:, 0], X[:, 1]
   layer = Einsum('bic,bjc->bij', LSQ(bits=4), UNSIGNED)

@@ -52,9 +52,6 @@ def check(got, want):
     np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
-# LIQ against the authors' code.
-
-
 @pytest.mark.parametrize('clip', [0.7, 1.5])
 @pytest.mark.parametrize('bits', [2, 3, 4, 8])
 @pytest.mark.parametrize('kind', ['normalized', 'plain', 'unsigned'])
@@ -84,9 +81,6 @@ def test_liq_per_channel_is_each_channel_by_itself(normalize):
   each = [pull(alone, x[:, i], clips[i], ct[:, i]) for i in range(3)]
   value, d_x, d_clip = zip(*each, strict=True)
   check(got, [np.stack(value, 1), np.stack(d_x, 1), np.stack(d_clip).reshape(1, 3, 1)])
-
-
-# LSQ.
 
 
 @pytest.mark.parametrize('signed', [True, False])
@@ -149,14 +143,11 @@ def test_least_squares_scale_is_a_fixed_point_near_the_best_scale(bits, axis, si
   assert np.all(error(s) <= 1.3 * best)
 
 
-# PACT and DoReFa.
-
-
 @pytest.mark.parametrize('signed', [True, False])
 @pytest.mark.parametrize('axis', [None, 1])
 def test_pact_is_the_published_formula(axis, signed):
   x, ct = draw((6, 3))
-  clip = np.array(1.5) if axis is None else np.array([[0.5, 1.5, 3.0]])
+  clip = np.array(1.5) if axis is None else np.array([[0.5, 1.5, 49.0]])  # 49 (1/49) < 1
   x[0], x[1], x[2] = clip, -clip, 0.0
   n, bottom = (3, -clip) if signed else (7, 0 * clip)
   value = np.rint(np.minimum(np.maximum(x, bottom), clip) * n / clip) * clip / n
@@ -192,9 +183,6 @@ def test_unsigned_dorefa_is_the_published_formula():
   check([value, *vjp(jnp.asarray(ct))], [want, np.where(inside, ct, 0.0)])
 
 
-# First clips.
-
-
 @pytest.mark.parametrize(('quantizer', 'factor'), [(LIQ, 0.8), (PACT, 1.0)])
 def test_first_clips(quantizer, factor):
   x = jnp.array([[1.0, -3.0], [-2.0, 0.5]])
@@ -214,9 +202,6 @@ def test_first_scale_of_zeros_is_one_and_of_half_precision_is_float32(quantizer)
   assert quantizer.init(x).shape == ()
 
 
-# What all share.
-
-
 @pytest.mark.parametrize('quantizer', LEARNS)
 def test_a_scale_counts_by_its_size_and_is_floored(quantizer):
   x, ct = draw((5, 4))
@@ -226,6 +211,7 @@ def test_a_scale_counts_by_its_size_and_is_floored(quantizer):
     check(pull(quantizer, x, -size, ct), [value, d_x, -d_s])
   floor = pull(quantizer, x, 1e-10, ct)
   assert floor[2] != 0
+  np.testing.assert_allclose(3 * floor[0], pull(quantizer, x, 3e-10, ct)[0], rtol=1e-12)
   check(pull(quantizer, x, 0.0, ct), floor)
   check(pull(quantizer, x, 1e-13, ct), floor)
   check(pull(quantizer, x, -1e-13, ct), [floor[0], floor[1], -floor[2]])
@@ -308,3 +294,10 @@ def test_a_first_clip_is_positive(clip):
 def test_unknown_choices_of_lsq_are_refused(option, value):
   with pytest.raises(ValueError, match=f'{option}={value!r}'):
     LSQ(bits=4, **{option: value})
+
+
+@pytest.mark.parametrize('call', ['__call__', 'encode', 'decode'])
+def test_scale_of_another_rank_is_an_error(call):
+  x = jnp.zeros((2, 3), jnp.int8 if call == 'decode' else jnp.float32)
+  with pytest.raises(ValueError, match=r'scale of shape \(1,\) for a tensor of rank 2'):
+    getattr(LSQ(bits=4), call)(x, jnp.ones(1))

@@ -143,8 +143,11 @@ def _schedule(stage: StageConfig, top: float, steps_per_epoch: float) -> optax.S
   if stage.schedule == 'cosine':
     main = optax.cosine_decay_schedule(top, rest)
   elif stage.schedule == 'step':
-    drops = [round(epoch * steps_per_epoch) - warmup for epoch in stage.milestones]
-    main = optax.piecewise_constant_schedule(top, dict.fromkeys(drops, 0.1))
+    drops: dict[int, float] = {}
+    for epoch in stage.milestones:
+      step = max(round(epoch * steps_per_epoch) - warmup, 0)
+      drops[step] = 0.1 * drops.get(step, 1.0)
+    main = optax.piecewise_constant_schedule(top, drops)
   else:
     main = optax.constant_schedule(top)
   if not warmup:

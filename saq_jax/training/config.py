@@ -153,17 +153,22 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CompareConfig:
-  """A comparison of methods over many seeds; off unless `seeds` is positive.
+  """A comparison of QAT and cases 1 to 3 over many seeds; off unless `seeds` is positive.
 
   Attributes:
-    seeds: runs a method, vectorised. 0: train one network a method instead.
+    seeds: runs a method, at least 2; seed s is a run with the experiment's seed + s. 0: train
+      one network a method instead.
+    seeds_at_once: vectorised together. A few suffice for CPUs, an accelerator takes all.
     rhos: the radii tried for each case; the best on `validation_split` is taken.
-    validation_split: never overlaps the training split nor the test split.
+    validation_split: overlaps neither the training split nor the test split.
+    sharpness_rho: the radius at which the sharpness of all methods is measured.
   """
 
   seeds: int = _within(0, 0)
+  seeds_at_once: int = _within(4, 1)
   rhos: tuple[float, ...] = _within((0.05, 0.1, 0.2, 0.4), 0)
   validation_split: str = 'train[80%:]'
+  sharpness_rho: float = _within(0.1, ABOVE_0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +178,8 @@ class ExperimentConfig:
   Attributes:
     seed: of the parameters, the order of the examples and the augmentation.
     init_from: a checkpoint to start the quantized stages from, instead of a float stage: a work
-      directory of this package or a checkpoint in one.
+      directory of this package or a checkpoint in one. Scales that it has are kept, so let it be
+      a full-precision one or one of the same bit-widths.
     methods: the quantized stages, of 'qat' and 'saq'.
     eval_every_epochs: how often the test split is looked at for the curves.
     checkpoint_every_epochs: how often the state is saved.

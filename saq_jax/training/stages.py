@@ -26,7 +26,7 @@ from saq_jax.training.signals import Stop
 from saq_jax.training.state import TrainState, new_state, state_from_weights
 from saq_jax.training.step import StepConfig, prepare_images
 
-Weights = tuple[PyTree, PyTree] | None
+Weights = tuple[PyTree, PyTree, dict[str, Array]] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def train_all(config: ExperimentConfig, workdir: Path, stop: Stop) -> list[Outco
     state, score = run_stage(stage, begin, weights, train, test, mesh, directory, stop)
     outcomes.append(Outcome(stage, state, score, directory, train.images.shape[1:]))
     if name == 'float':
-      weights = state.params['model'], state.batch_stats
+      weights = state.params['model'], state.batch_stats, state.params['scales']
   return outcomes
 
 
@@ -155,11 +155,11 @@ def _begin(stage: Stage, config: ExperimentConfig, images: Array, weights: Weigh
 
 
 def _given_weights(config: ExperimentConfig) -> Weights:
-  """The weights and running statistics that `init_from` names, if it does."""
+  """Weights, running statistics and scales that `init_from` names, if it does."""
   if config.init_from is None:
     return None
   try:
     params, batch_stats = restore_subtrees(config.init_from, 'params', 'batch_stats')
   except ValueError as error:
     raise ConfigError(f'config.init_from: {error}.') from error
-  return params['model'], batch_stats
+  return params['model'], batch_stats, params['scales']

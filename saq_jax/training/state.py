@@ -66,11 +66,13 @@ def state_from_weights(
   images: Array,
   model_params: PyTree,
   batch_stats: PyTree,
+  scales: dict[str, Array] | None = None,
 ) -> TrainState:
   """Begins from given weights, with the scales found from them and from one batch.
 
   Scales of weights come from the weights; those of activations from the batch, in one forward
-  pass with the quantized weights. Scales that the given weights have already are kept.
+  pass with the quantized weights. Scales that the given weights have already are kept, and those
+  that the model has not are left out.
 
   Args:
     network: the network to train.
@@ -79,6 +81,7 @@ def state_from_weights(
     images: one batch as the model takes it, to calibrate with.
     model_params: weights by path, of the same model, quantized or not.
     batch_stats: its running statistics.
+    scales: its scales of weights, by path, where it has any.
 
   Returns:
     The state at step 0.
@@ -90,9 +93,13 @@ def state_from_weights(
   given = traverse_util.flatten_dict({'params': model_params, 'batch_stats': batch_stats}, sep='/')
   wanted = traverse_util.flatten_dict(variables(begin.params, begin.batch_stats), sep='/')
   _require_fitting(given, wanted)
+  given = {p: jnp.asarray(x, wanted[p].dtype) for p, x in given.items() if p in wanted}
   merged = traverse_util.unflatten_dict(wanted | given, sep='/')
   stats = merged.get('batch_stats', {})
   params = network.quantize.init(merged['params'])
+  kept_scales = {p: s for p, s in (scales or {}).items() if p in params['scales']}
+  _require_fitting(params['scales'] | kept_scales, params['scales'])
+  params['scales'] |= kept_scales
   seen = variables(network.quantize(params), stats)
   calibrated = calibrate(network.model, seen, images, into=params['model'], train=True)
   kept = {path: x for path, x in given.items() if path.endswith('/quant_scale')}
