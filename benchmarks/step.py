@@ -28,7 +28,7 @@ from saq_jax.training.step import StepConfig, train_step
 KINDS = ('float', 'qat', 'saq')
 
 
-def make(kind: str, batch: dict[str, jax.Array]) -> tuple[Callable[..., Any], TrainState]:
+def make(kind: str) -> tuple[Callable[..., Any], TrainState]:
   """A compiled step and its first state."""
   network = build_network(
     ModelConfig(depth=20, width=16), FLOATING if kind == 'float' else QuantConfig(), 100
@@ -50,7 +50,7 @@ def measure(batch_size: int, rounds: int) -> dict[str, list[float]]:
     'image': jax.numpy.asarray(draw.integers(0, 256, (batch_size, 32, 32, 3), dtype=np.uint8)),
     'label': jax.numpy.asarray(draw.integers(0, 100, batch_size, dtype=np.int32)),
   }
-  steps = {kind: make(kind, batch) for kind in KINDS}
+  steps = {kind: make(kind) for kind in KINDS}
   seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
   for i in range(rounds + 1):
     for kind, (step, state) in steps.items():

@@ -79,18 +79,30 @@ class Quantizer(abc.ABC):
 
     Raises:
       TypeError: if `x` is not floating.
-      ValueError: if the scale is missing, or has neither shape () nor the rank of `x`.
+      ValueError: if the scale is missing, or its shape does not fit that of `x`.
     """
     if self.bits is None:
       return x
     x = ste.floating(x, self)
-    return self._fake(x, self._positive(scale, ste.compute_dtype(x), x.ndim)).astype(x.dtype)
+    return self._fake(x, self._positive(scale, ste.compute_dtype(x), x.shape)).astype(x.dtype)
 
   def encode(self, x: Array, scale: Array | None = None) -> Array:
-    """Gives the integer codes of `x`: int8 if signed, uint8 if not; the shape of `x`."""
+    """Gives the integer codes of `x`.
+
+    Args:
+      x: floating array.
+      scale: what `init` gave, or its trained value.
+
+    Returns:
+      An array of the shape of `x`, int8 if signed, uint8 if not.
+
+    Raises:
+      TypeError: if `x` is not floating.
+      ValueError: if `bits` is None, or as `__call__`.
+    """
     self._require_codes()
     dtype = ste.compute_dtype(ste.floating(x, self))
-    codes = self._codes(jnp.asarray(x, dtype), self._positive(scale, dtype, jnp.ndim(x)))
+    codes = self._codes(jnp.asarray(x, dtype), self._positive(scale, dtype, jnp.shape(x)))
     return codes.astype(jnp.int8 if self.signed else jnp.uint8)
 
   def decode(
@@ -110,18 +122,21 @@ class Quantizer(abc.ABC):
     if dtype is None:
       dtype = jnp.float32 if scale is None else jnp.asarray(scale).dtype
     wide = jnp.promote_types(dtype, jnp.float32)
-    return self._values(codes.astype(wide), self._positive(scale, wide, codes.ndim)).astype(dtype)
+    return self._values(codes.astype(wide), self._positive(scale, wide, codes.shape)).astype(dtype)
 
-  def _positive(self, scale: Array | None, dtype: jax.typing.DTypeLike, rank: int) -> Array:
-    """The scale that is computed with, for a tensor of that rank; one where nothing is learnt."""
+  def _positive(
+    self, scale: Array | None, dtype: jax.typing.DTypeLike, shape: tuple[int, ...]
+  ) -> Array:
+    """The scale that is computed with, for a tensor of that shape; one where nothing is learnt."""
     if not self.has_scale:
       return jnp.ones((), dtype)
     if scale is None:
       raise ValueError(f'{type(self).__name__} needs its scale: pass what init(x) returned.')
-    if jnp.ndim(scale) not in (0, rank):
+    own = jnp.shape(scale)
+    if own and (len(own) != len(shape) or any(n not in (1, m) for n, m in zip(own, shape))):
       raise ValueError(
-        f'{type(self).__name__}: a scale of shape {jnp.shape(scale)} for a tensor of rank {rank}; '
-        'it must have shape (), or that rank with length 1 on all axes but `axis`.'
+        f'{type(self).__name__}: a scale of shape {own} for a tensor of shape {shape}; it must '
+        'have shape (), or length 1 on all axes but `axis`.'
       )
     return ste.positive(jnp.asarray(scale, dtype))
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from saq_jax.analysis.compare import run_comparison
 from saq_jax.analysis.cost import model_size, product_costs
 from saq_jax.analysis.report import results_table, write_report
 from saq_jax.analysis.results import Result
@@ -27,8 +28,6 @@ def run(config: ExperimentConfig, name: str, workdir: Path, stop: Stop) -> None:
     ConfigError, PreemptedError, DivergedError: as `train_all`.
   """
   if config.compare.seeds:
-    from saq_jax.analysis.compare import run_comparison
-
     run_comparison(config, name, workdir, stop)
     return
   results = [summarize(config, outcome) for outcome in train_all(config, workdir, stop)]
@@ -54,7 +53,7 @@ def summarize(config: ExperimentConfig, outcome: Outcome) -> Result:
   floating = stage.name == 'float'
   bits, act_bits = (None, None) if floating else (config.quant.bits, config.quant.act_bits)
   quantize = None if floating else stage.network.quantize
-  size = model_size(outcome.state.params['model'], outcome.state.batch_stats, quantize)
+  size = model_size(outcome.params['model'], outcome.batch_stats, quantize)
   costs = product_costs(stage.network.model, outcome.image_shape, quantize)
   return Result(
     name=stage.name,

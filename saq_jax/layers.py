@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax import Array
 
+from saq_jax._paths import ACT_SCALE
 from saq_jax.quantizers import Quantizer
-
-SCALE = 'quant_scale'
 
 
 class ActQuant(nn.Module):
@@ -25,8 +24,8 @@ class ActQuant(nn.Module):
 
   The scale is the parameter 'quant_scale'. `model.init` finds it from the batch that it is given
   (zeros give one), `calibrate` from a batch at any later time, through the collection
-  'calibration': where that is mutable, the scale is found anew. A quantizer with `bits=None` has
-  no parameter and costs nothing.
+  'calibration': where that is mutable and 'params' is not, the scale is found anew. A quantizer
+  with `bits=None` has no parameter and costs nothing.
 
   Attributes:
     quantizer: any quantizer; unsigned ones for what is never negative.
@@ -47,10 +46,11 @@ class ActQuant(nn.Module):
     """Quantizes `x`: any shape, floating; the same shape and dtype come back."""
     if not self.quantizer.has_scale:
       return self.quantizer(x)
-    scale = self.param(SCALE, lambda _: self.quantizer.init(x))
-    if self.is_mutable_collection('calibration') and not self.is_initializing():
+    scale = self.param(ACT_SCALE, lambda _: self.quantizer.init(x))
+    # In `init`, and in an apply that may change everything, the parameters stand.
+    if self.is_mutable_collection('calibration') and not self.is_mutable_collection('params'):
       scale = self.quantizer.init(x)
-      self.put_variable('calibration', SCALE, scale)
+      self.put_variable('calibration', ACT_SCALE, scale)
     return self.quantizer(x, scale)
 
 

@@ -8,8 +8,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from absl import flags
 from ml_collections import config_dict
 
 from saq_jax._version import __version__
@@ -36,7 +36,7 @@ usage: python -m saq_jax.main [--config FILE] [--workdir DIR] [--config.KEY=VALU
                       All settings with their meaning: saq_jax/training/config.py.
   --help              this text.
 
-Exit codes: 0 done, or stopped by a signal and saved; 1 diverged; 2 wrong input.
+Exit codes: 0 done, or stopped by a signal and saved; 1 diverged or a failing disk; 2 wrong input.
 """
 
 
@@ -87,7 +87,6 @@ def read_flags(arguments: Sequence[str]) -> tuple[ExperimentConfig, str, str | N
     if not equals and not rest:
       raise UsageError(f'{flag} needs a value: {flag}=VALUE.')
     given[name] = text if equals else rest.pop(0)
-  flags.FLAGS(['saq_jax.main'])  # the data pipeline's workers want absl's own flags parsed
   path, workdir = given.pop('config', None), given.pop('workdir', None)
   config = default_config() if path is None else _read_config(Path(path))
   overrides = {name.removeprefix('config.'): text for name, text in given.items()}
@@ -99,36 +98,36 @@ def _read_config(path: Path) -> config_dict.ConfigDict:
   if not path.is_file():
     raise UsageError(f'--config={path}: there is no such file.')
   try:
-    config = runpy.run_path(str(path))['get_config']()
-  except KeyError:
-    raise UsageError(f'--config={path}: it defines no get_config().') from None
+    get_config = runpy.run_path(str(path)).get('get_config')
+    config = None if get_config is None else get_config()
   except Exception as error:  # a config file is code: anything may come out of it
-    line = traceback.extract_tb(error.__traceback__)
-    where = next((f.lineno for f in reversed(line) if f.filename == str(path)), '?')
+    frames = traceback.extract_tb(error.__traceback__)
+    where: Any = next((f.lineno for f in reversed(frames) if f.filename == str(path)), None)
+    where = where or getattr(error, 'lineno', None) or '?'
     what = _first_line(error).split(' Other fields present')[0].lstrip('"\'')
     raise UsageError(f'--config={path}, line {where}: {type(error).__name__}: {what}') from error
   if not isinstance(config, config_dict.ConfigDict):
-    raise UsageError(f'--config={path}: get_config() must return a ConfigDict.')
+    raise UsageError(f'--config={path}: it must define a get_config() that returns a ConfigDict.')
   return config
 
 
 def _run(config: ExperimentConfig, name: str, workdir: str | None) -> int:
   """Takes the work directory, trains and reports."""
   settings = to_json(config)
-  directory = claim(workdir or _default_workdir(name, settings), settings, __version__)
-  print(f'saq_jax {__version__}: {name}, in {directory}', flush=True)
-  # Now that the input is sound: these take seconds to import.
-  from saq_jax import experiment
-  from saq_jax.training.loop import DivergedError, PreemptedError
-  from saq_jax.training.signals import preemption
+  with claim(workdir or _default_workdir(name, settings), settings, __version__) as directory:
+    print(f'saq_jax {__version__}: {name}, in {directory}', flush=True)
+    # Now that the input is sound: these take seconds to import.
+    from saq_jax import experiment
+    from saq_jax.training.loop import DivergedError, PreemptedError
+    from saq_jax.training.signals import preemption
 
-  try:
-    with preemption() as stop:
-      experiment.run(config, name, directory, stop)
-  except PreemptedError as notice:
-    print(notice)
-  except DivergedError as error:
-    return _fail(error, 1)
+    try:
+      with preemption() as stop:
+        experiment.run(config, name, directory, stop)
+    except PreemptedError as notice:
+      print(notice)
+    except (DivergedError, OSError) as error:
+      return _fail(error, 1)
   return 0
 
 
@@ -144,8 +143,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _fail(error: BaseException, code: int) -> int:
-  """Prints one line, and gives the exit code."""
-  print(f'saq_jax: {_first_line(error)}', file=sys.stderr)
+  """Prints the message, and gives the exit code."""
+  print(f'saq_jax: {error}', file=sys.stderr)
   return code
 
 

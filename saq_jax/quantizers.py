@@ -58,9 +58,10 @@ class LSQ(Quantizer):
   def __post_init__(self) -> None:
     super().__post_init__()
     named = self.grad_scale in ('scale', 'tensor', 'feature')
-    if not named and not isinstance(self.grad_scale, int | float):
+    if not named and not (isinstance(self.grad_scale, int | float) and self.grad_scale > 0):
       raise ValueError(
-        f"LSQ(grad_scale={self.grad_scale!r}): take 'scale', 'tensor', 'feature' or a number."
+        f"LSQ(grad_scale={self.grad_scale!r}): take 'scale', 'tensor', 'feature' or a number "
+        'above 0.'
       )
     if self.init_by not in ('mean', 'least_squares'):
       raise ValueError(f"LSQ(init_by={self.init_by!r}): take 'mean' or 'least_squares'.")

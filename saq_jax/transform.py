@@ -21,6 +21,7 @@ import optax
 from jax import Array
 
 from saq_jax import _axes as axes
+from saq_jax import _checks as checks
 from saq_jax._paths import PyTree, is_quant_scale, path_name
 
 Mask = Callable[[str], bool] | PyTree
@@ -130,7 +131,7 @@ def saq(
     Sharpness-aware Quantization for Deep Neural Networks, arXiv 2111.12273.
     Sharpness-Aware Minimization, arXiv 2010.01412; ASAM, arXiv 2102.11600.
   """
-  _require_static(
+  checks.require_static(
     quantize=quantize,
     case=case,
     adaptive=adaptive,
@@ -141,8 +142,8 @@ def saq(
   if case not in (1, 2, 3):
     raise ValueError(f'saq(case={case!r}): case must be 1, 2 or 3 (3 is SAQ).')
   if not callable(rho):
-    _require_at_least_zero('rho', rho)
-  _require_at_least_zero('eta', eta)
+    checks.require_at_least_zero('rho', rho)
+  checks.require_at_least_zero('eta', eta)
   if not sync_perturbation and axis_name is None:
     raise ValueError('saq(sync_perturbation=False) needs axis_name: the axis not to average over.')
 
@@ -160,7 +161,7 @@ def saq(
         'saq needs grad_fn: call tx.update(g, state, params, grad_fn=jax.grad(loss)). Wrappers '
         'that drop extra arguments, as TrainState.apply_gradients does, cannot be used.'
       )
-    _check_trees(updates, params)
+    checks.check_trees(updates, params)
     own, params = axes.per_device(updates, params, axis_name)
     g = axes.shared(own, axis_name) if sync_perturbation else own
     radius = jnp.asarray(rho(state.step) if callable(rho) else rho, float)
@@ -172,8 +173,7 @@ def saq(
     )
     if case == 2:
       perturbed, pullback = jax.vjp(quantize, perturbed)
-    second = grad_fn(perturbed)
-    g2, aux = second if has_aux else (second, None)
+    g2, aux = checks.split_second(grad_fn(perturbed), has_aux, params)
     (sharp,) = pullback(g2)
     if accumulate_clean_grad:
       sharp = jax.tree.map(jnp.add, sharp, p)
@@ -212,7 +212,7 @@ def qat(
     updates: PyTree, state: SAQState, params: PyTree | None = None, **extra: Any
   ) -> tuple[PyTree, SAQState]:
     del extra
-    _check_trees(updates, params)
+    checks.check_trees(updates, params)
     g, params = axes.per_device(updates, params, axis_name)
     (p,) = jax.vjp(quantize, params)[1](g)
     p = axes.mean(p, axis_name)
@@ -295,43 +295,5 @@ def _mask_tree(mask: Mask | None, params: PyTree) -> PyTree:
     mask = perturbed_by_default
   if callable(mask):
     return jax.tree_util.tree_map_with_path(lambda path, _: bool(mask(path_name(path))), params)
-  _require_same_structure('saq(mask=...)', mask, params, 'give one bool a leaf of params')
+  checks.require_same_structure('saq(mask=...)', mask, params, 'give one bool a leaf of params')
   return jax.tree.map(bool, mask)
-
-
-def _check_trees(updates: PyTree, params: PyTree | None) -> None:
-  """Raises ValueError unless the gradient has the structure of params."""
-  if params is None:
-    raise ValueError('params are missing: call tx.update(g, state, params, ...).')
-  leaves = jax.tree.leaves(updates, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-  if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
-    raise ValueError(
-      'saq and qat cannot stand inside optax.masked or optax.partition: they need every leaf. '
-      "Put them first in the chain; saq's own mask says what is perturbed."
-    )
-  _require_same_structure(
-    'the gradient', updates, params, 'take it at quantize(params), with respect to all of it'
-  )
-
-
-def _require_same_structure(what: str, tree: PyTree, params: PyTree, mend: str) -> None:
-  """Raises ValueError unless a tree has the structure of params."""
-  here, wanted = (str(jax.tree.structure(t)) for t in (tree, params))
-  if here != wanted:
-    raise ValueError(f'{what} has another structure than params: {mend}. {here} is not {wanted}.')
-
-
-def _require_static(**arguments: Any) -> None:
-  """Raises ValueError for a structural argument that was made an array."""
-  for name, value in arguments.items():
-    if isinstance(value, jax.Array):
-      raise ValueError(
-        f'saq({name}=...) shapes the computation and cannot be an array: in '
-        f'optax.inject_hyperparams name it in static_args.'
-      )
-
-
-def _require_at_least_zero(name: str, value: float) -> None:
-  """Raises ValueError for a number below zero or not finite; arrays are not looked into."""
-  if not isinstance(value, jax.Array) and not 0 <= value < float('inf'):
-    raise ValueError(f'saq({name}={value!r}): must be a finite number, at least 0.')

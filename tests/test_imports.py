@@ -13,7 +13,7 @@ PACKAGE = ROOT / 'saq_jax'
 # The levels, from the bottom; a module imports from its own level or those above it in this list.
 LEVELS = [
   ['_version', '_ste', '_paths'],
-  ['_quantizer', '_axes'],
+  ['_quantizer', '_axes', '_checks'],
   ['quantizers'],
   ['weights', 'transform', 'layers'],
   ['models'],
@@ -32,6 +32,7 @@ ALLOWED = {
   '_paths': {'jax'},
   '_quantizer': {'jax'},
   '_axes': {'jax'},
+  '_checks': {'jax', 'optax'},
   'quantizers': {'jax'},
   'weights': {'jax'},
   'transform': {'jax', 'optax'},

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from saq_jax import main as program
-from saq_jax.training.parsing import default_config
+from saq_jax.training.checkpoint import restore_subtrees
+from saq_jax.training.parsing import default_config, to_json
+from saq_jax.training.workdir import claim
 
 CONFIGS = sorted((Path(__file__).parent.parent / 'configs').glob('*.py'))
 TINY = [
@@ -61,6 +63,8 @@ def test_help_fits_on_a_screen(capsys):
     ('--config.model.name=vgg', ["'vgg'", "'preresnet'"]),
     ('--config.methods=sgd', ["'sgd'", "'qat'"]),
     ('--config.methods=', ['config.methods', 'at least one']),
+    ('--config.methods=qat,qat', ['config.methods', 'each once']),
+    ('--config.quant_stage.warmup_epochs=30', ['warmup_epochs=30', 'below its epochs']),
     ('--config.float_stage.epochs=0', ['config.float_stage.epochs', 'above 0']),
     ('--config.data.std=0', ['config.data.std', 'above 0']),
   ],
@@ -95,7 +99,12 @@ def test_what_does_not_fit_the_data_is_one_line(capsys, tmp_path, digits_dir, fl
   ('code', 'words'),
   [
     ('x = 1 / 0', ['line 1', 'ZeroDivisionError']),
-    ('def get_config(:', ['SyntaxError']),
+    ('x = 1\ndef get_config(:', ['line 2', 'SyntaxError']),
+    ('def get_config():\n  return {}["bitz"]', ['line 2', 'KeyError', 'bitz']),
+    (
+      'from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({"quant": 3})',
+      ['config.quant=3', 'group'],
+    ),
     ('x = 1', ['get_config']),
     ('def get_config():\n  return 3', ['ConfigDict']),
     (
@@ -146,15 +155,39 @@ def test_workdir_under_a_place_where_nothing_can_be_made_is_refused(capsys):
   assert 'cannot be used' in refused(capsys, '--workdir=/proc/saq_jax_run')
 
 
-def test_workdir_with_another_config_is_refused(capsys, tmp_path, digits_dir):
-  here = [f'--workdir={tmp_path / "run"}', f'--config.data.data_dir={digits_dir}']
-  program.main([*here, '--config.data.train_split=nope'])  # claims the directory, trains nothing
-  capsys.readouterr()
-  before = (tmp_path / 'run' / 'config.json').read_bytes()
-  line = refused(capsys, *here, '--config.data.train_split=nope', '--config.saq.rho=0.3')
+def settings_of(*arguments):
+  return to_json(program.read_flags(arguments)[0])
+
+
+def test_workdir_with_another_config_is_refused(capsys, tmp_path):
+  workdir = tmp_path / 'run'
+  with claim(workdir, settings_of(), 'any'):
+    pass
+  before = (workdir / 'config.json').read_bytes()
+  line = refused(capsys, f'--workdir={workdir}', '--config.saq.rho=0.3')
   assert 'another config' in line
   assert 'saq.rho=0.1 there, 0.3 here' in line
-  assert (tmp_path / 'run' / 'config.json').read_bytes() == before
+  assert (workdir / 'config.json').read_bytes() == before
+
+
+def test_workdir_of_a_run_under_way_is_refused(capsys, tmp_path):
+  with claim(tmp_path / 'run', settings_of(), 'any'):
+    assert 'is in use' in refused(capsys, f'--workdir={tmp_path / "run"}')
+
+
+def test_a_mark_half_written_by_a_kill_is_no_foreign_file(tmp_path):
+  (tmp_path / '.config.json.1234').write_text('{"saq')
+  with claim(tmp_path, settings_of(), 'any') as folder:
+    assert (folder / 'config.json').exists()
+
+
+def test_a_refused_setting_leaves_the_workdir_free(capsys, tmp_path, digits_dir):
+  there = [f'--config.data.data_dir={digits_dir}', '--config.data.batch_size=100000']
+  refused(capsys, f'--workdir={tmp_path / "new"}', *there)
+  assert not (tmp_path / 'new').exists()
+  (tmp_path / 'empty').mkdir()
+  refused(capsys, f'--workdir={tmp_path / "empty"}', *there)
+  assert list((tmp_path / 'empty').iterdir()) == []
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
@@ -225,3 +258,23 @@ def test_the_whole_job_at_a_small_size(tmp_path, digits_dir, user_env):
   )
   assert given.returncode == 0, given.stderr
   assert 'Full precision' not in given.stdout
+  start = f'weights from {tmp_path / "run" / "float" / "checkpoints" / "11"}'
+  assert f'{start}\n' in given.stdout
+
+
+def test_scales_are_kept_only_from_a_run_quantized_alike(tmp_path, digits_dir, user_env):
+  command = [sys.executable, '-m', 'saq_jax.main', f'--config.data.data_dir={digits_dir}', *TINY]
+  first = [*command, f'--workdir={tmp_path / "first"}', '--config.methods=qat']
+  subprocess.run(first, check=True, capture_output=True, env=user_env)
+  for bits, found_anew in ((4, False), (2, True)):
+    other = [*command, f'--workdir={tmp_path / str(bits)}', f'--config.quant.bits={bits}']
+    other += [f'--config.init_from={tmp_path / "first"}', '--config.methods=qat']
+    other += ['--config.quant_stage.lr=0', '--config.quant_stage.scale_lr=0']
+    done = subprocess.run(other, capture_output=True, text=True, check=True, env=user_env)
+    assert ('found anew' in done.stdout) is found_anew
+    (theirs,), (ours,) = (
+      restore_subtrees(w / 'qat', 'params') for w in (tmp_path / 'first', tmp_path / str(bits))
+    )
+    path = 'layer2_0/conv1/kernel'
+    assert bool(ours['scales'][path] == 1.0) is found_anew  # the clip that LIQ begins with
+    assert bool(ours['scales'][path] == theirs['scales'][path]) is not found_anew

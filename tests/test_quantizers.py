@@ -297,7 +297,8 @@ def test_unknown_choices_of_lsq_are_refused(option, value):
 
 
 @pytest.mark.parametrize('call', ['__call__', 'encode', 'decode'])
-def test_scale_of_another_rank_is_an_error(call):
-  x = jnp.zeros((2, 3), jnp.int8 if call == 'decode' else jnp.float32)
-  with pytest.raises(ValueError, match=r'scale of shape \(1,\) for a tensor of rank 2'):
-    getattr(LSQ(bits=4), call)(x, jnp.ones(1))
+@pytest.mark.parametrize('shape', [(1,), (2, 1), (1, 2)])
+def test_scale_that_does_not_fit_is_an_error(call, shape):
+  x = jnp.zeros((1, 3), jnp.int8 if call == 'decode' else jnp.float32)
+  with pytest.raises(ValueError, match='for a tensor of shape'):
+    getattr(LSQ(bits=4), call)(x, jnp.ones(shape))

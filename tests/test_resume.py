@@ -121,6 +121,6 @@ def test_divergence_is_named_and_exits_1(tmp_path, digits_dir, user_env):
   )
   assert run.returncode == 1, run.stdout + run.stderr
   last = run.stderr.strip().splitlines()[-1]
-  for words in ("stage 'float' diverged at step", 'learning rate 1e+30', 'checkpoint'):
+  for words in ("stage 'float' diverged at step", 'learning rate 1e+30', 'no checkpoint is good'):
     assert words in last
   assert 'Traceback' not in run.stderr

@@ -496,3 +496,18 @@ def test_update_refuses_a_mask_of_another_structure():
   tx = saq(Smooth.fn, mask={'model': True, 'scales': False})
   with pytest.raises(ValueError, match=r'saq\(mask=\.\.\.\) has another structure than params'):
     tx.update(tree(V), tx.init(tree(V)), tree(V), grad_fn=grad_fn)
+
+
+@pytest.mark.parametrize(
+  ('has_aux', 'make', 'message'),
+  [
+    (False, jax.value_and_grad, 'what grad_fn returned has another structure'),
+    (True, jax.grad, r'did not return \(gradient, aux\)'),
+  ],
+)
+def test_a_grad_fn_that_returns_something_else_is_an_error(has_aux, make, message):
+  params = {'w': jnp.ones(3)}
+  loss = lambda z: jnp.sum(z['w'] ** 2)  # noqa: E731
+  tx = saq(lambda p: p, 0.1, has_aux=has_aux)
+  with pytest.raises(ValueError, match=message):
+    tx.update(jax.grad(loss)(params), tx.init(params), params, grad_fn=make(loss))

@@ -67,7 +67,7 @@ def compare(config: ExperimentConfig, directory: Path, stop: Stop) -> Comparison
 
   Seed s is a run with `config.seed + s`: its weights, the order of its examples and its
   augmentation are the same for all methods, which makes the methods comparable seed by seed. The
-  radius of a case is the best on the validation split; its test figures are read after that.
+  radius of a case is the best on the validation split; test figures have no part in that.
 
   Args:
     config: the experiment; `methods` and `saq.case` are not looked at, `saq.rho` neither.

@@ -41,7 +41,8 @@ def save_plot(comparison: Comparison, path: Path) -> None:
       xlabel=f'rise of the training loss within rho = {comparison.sharpness_rho:g}',
     )
     accuracy.set_yticks(list(_ROWS.values()), [_name(comparison, method) for method in METHODS])
-    accuracy.tick_params(axis='y', length=0, labelsize=12)
+    for axes in (accuracy, difference, sharpness):
+      axes.tick_params(axis='y', length=0, labelsize=12)
     accuracy.set_ylim(min(_ROWS.values()) - 0.55, 0.6)
     figure.supxlabel('Dots: seeds. Bars: mean and 95 % interval over the seeds.', fontsize=10)
     figure.savefig(path, format='png')
@@ -50,12 +51,12 @@ def save_plot(comparison: Comparison, path: Path) -> None:
 def _draw_differences(axes: Axes, comparison: Comparison) -> None:
   """Each case less QAT, seed by seed."""
   of_qat = np.array(comparison.values('qat', 'accuracy'))
-  axes.axvline(0, color='#444444', linewidth=1)
-  axes.text(0, _ROWS['qat'], ' reference', va='center', color='#666666', fontsize=10)
+  axes.axvline(0, color=_COLOURS['qat'], linewidth=1.5)
+  axes.text(0, _ROWS['qat'], '  QAT', va='center', color=_COLOURS['qat'])
   for found in comparison.differences('accuracy'):
     if found.second == 'qat':
       values = 100 * (np.array(comparison.values(found.first, 'accuracy')) - of_qat)
-      words = '' if found.paired.shown else ', none shown'
+      words = f': {found.finding}'
       _row(axes, found.first, values, _scaled(found.paired.difference, 100), '+.2f', words)
   axes.set(title='Test accuracy less that of QAT', xlabel='percentage points, seed by seed')
 
@@ -85,6 +86,7 @@ def _row(
     va='bottom',
     fontsize=10,
     color=colour,
+    bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 1},
   )
 
 

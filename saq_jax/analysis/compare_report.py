@@ -67,12 +67,12 @@ def _tables(comparison: Comparison, *, with_tried: bool) -> list[Titled]:
     (
       'Test accuracy, paired by seed, in percentage points',
       _PAIRS_HEADER,
-      [_pair_row(d, 100, '+.2f') for d in comparison.differences('accuracy')],
+      [_pair_row(d, 100, 2) for d in comparison.differences('accuracy')],
     ),
     (
       f'Sharpness at rho = {comparison.sharpness_rho:g}, paired by seed',
       _PAIRS_HEADER,
-      [_pair_row(d, 1, '+.4f') for d in comparison.differences('sharpness')],
+      [_pair_row(d, 1, 4) for d in comparison.differences('sharpness')],
     ),
   ]
   if with_tried:
@@ -110,15 +110,15 @@ def _method_row(comparison: Comparison, runs: Runs) -> list[str]:
   ]
 
 
-def _pair_row(difference: Difference, unit: float, form: str) -> list[str]:
+def _pair_row(difference: Difference, unit: float, digits: int) -> list[str]:
   """One pair of methods: by how much they differ, and whether that is shown."""
   found = difference.paired
   ends = found.difference
   return [
-    f'{LABELS[difference.first]} - {LABELS[difference.second]}',
-    f'{unit * ends.mean:{form}}',
-    f'{unit * ends.low:{form}} to {unit * ends.high:{form}}',
-    f'{found.p:.2g}' if found.p >= 0.001 else '< 0.001',
+    f'{LABELS[difference.first]} - {LABELS[difference.second]}'.replace(' (SAQ)', ''),
+    _signed(unit * ends.mean, digits),
+    f'{_signed(unit * ends.low, digits)} to {_signed(unit * ends.high, digits)}',
+    f'{found.p:.3f}' if found.p >= 0.0005 else '< 0.001',
     f'{found.above}/{found.equal}/{found.below}',
     difference.finding,
   ]
@@ -143,6 +143,11 @@ def _interval(interval: Interval, unit: float, form: str) -> str:
   return f'{unit * interval.mean:{form}} ± {unit * half:{form}}'
 
 
+def _signed(value: float, digits: int) -> str:
+  """A number with its sign, and zero without."""
+  return f'{value:+.{digits}f}' if round(value, digits) else f'{0:.{digits}f}'
+
+
 def _how_to_read(comparison: Comparison) -> str:
   """What the figures mean, and what they do not show."""
   pairs = len(comparison.differences('accuracy'))
@@ -157,7 +162,7 @@ def _how_to_read(comparison: Comparison) -> str:
     'same number of steps; a step of a case costs two gradients, one of QAT costs one. Sharpness '
     'is the rise of the mean training loss, in evaluation mode and without augmentation, after '
     f'one ascent step of length {comparison.sharpness_rho:g} from the quantized weights, the '
-    'same for all.'
+    'same for all; with straight-through gradients that step need not ascend.'
   )
 
 
@@ -200,7 +205,8 @@ def _rich(title: str, header: Sequence[str], rows: Cells) -> Table:
   """A table for a terminal."""
   table = Table(title=title, title_justify='left', box=rich.box.SIMPLE_HEAD)
   for name in header:
-    table.add_column(name, justify='left' if name in (header[0], 'Finding') else 'right')
+    left = name in (header[0], 'Finding')
+    table.add_column(name, justify='left' if left else 'right', no_wrap=True)
   for row in rows:
     table.add_row(*row)
   return table

@@ -44,7 +44,8 @@ def sharpness(
 
   A pure function: jit and vmap apply. The loss is taken by one and the same function at both
   points, so that rounding is alike in both. The radius is not scaled by the weights: compare
-  networks of one architecture and one parametrisation.
+  networks of one architecture and one parametrisation. Where activations are quantized, the
+  gradient is the straight-through one and need not ascend: the rise may then be below 0.
 
   Args:
     value_and_grad_fn: (z, batch) -> ((sum of the losses of the batch's examples, their number),

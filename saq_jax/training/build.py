@@ -1,6 +1,8 @@
 """From settings to the objects that train: the network, its weight quantizer, the optimizer."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -47,7 +49,8 @@ def build_network(model: ModelConfig, quant: QuantConfig, num_classes: int) -> N
   Returns:
     The model and its weight quantizer.
   """
-  net = PreResNet(
+  family = {'preresnet': PreResNet}[model.name]
+  net = family(
     num_classes=num_classes,
     depth=model.depth,
     width=model.width,
@@ -171,7 +174,6 @@ def _is_kernel(path: str) -> bool:
   return path.endswith('/kernel') and not is_quant_scale(path)
 
 
-def _by_path(fn: object, params: PyTree) -> PyTree:
+def _by_path(fn: Callable[[str], Any], params: PyTree) -> PyTree:
   """A function of the path at every leaf."""
-  assert callable(fn)
   return jax.tree_util.tree_map_with_path(lambda path, _: fn(path_name(path)), params)

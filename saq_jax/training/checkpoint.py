@@ -69,7 +69,7 @@ class Checkpoints:
   @property
   def latest_step(self) -> int | None:
     """The newest step saved, or being saved; None in an empty directory."""
-    return max(self._steps(), default=None)
+    return max(self.steps, default=None)
 
   def save(self, step: int, state: Any) -> None:
     """Begins to save `state`; it may be donated or changed as soon as this returns.
@@ -118,7 +118,7 @@ class Checkpoints:
         checkpoints but all are damaged.
     """
     self.wait()
-    steps = self._steps()
+    steps = self.steps
     for step in reversed(steps):
       try:
         restored = checkpoint_format.read_state(self._manager.directory / str(step), example)
@@ -142,7 +142,8 @@ class Checkpoints:
     finally:
       self._manager.close()
 
-  def _steps(self) -> list[int]:
+  @property
+  def steps(self) -> list[int]:
     """The steps that are there and not known to be damaged, oldest first."""
     return sorted(set(self._manager.all_steps()) - set(self._damaged))
 

@@ -97,7 +97,7 @@ def _open(step_dir: epath.Path) -> tuple[Mapping[str, Any], dict[str, int]]:
     about = metadata.custom_metadata or {}
     stored = metadata.item_metadata['state'].tree
   except Exception as error:
-    raise _damage(step_dir, error) from error
+    raise _judged(step_dir, error) from error
   version = about.get('format')
   if about.get('kind') != _KIND or not isinstance(version, int):
     raise _damage(step_dir, ValueError('it does not say that saq_jax wrote it'))
@@ -115,7 +115,7 @@ def _read(step_dir: epath.Path, args: ocp.args.PyTreeRestore, sums: dict[str, in
     with _reader() as reader:
       restored = reader.restore(step_dir, args=ocp.args.Composite(state=args))['state']
   except Exception as error:
-    raise _damage(step_dir, error) from error
+    raise _judged(step_dir, error) from error
   for name, found in _sums(_paths(restored)).items():
     if found != sums.get(name):
       raise _damage(step_dir, ValueError(f'{name} is not what was written'))
@@ -176,6 +176,15 @@ def _check_fit(step_dir: epath.Path, stored: _Paths, expected: _Paths) -> None:
     raise ValueError(
       f'checkpoint {step_dir} does not fit the state; leaves differing: {len(rows)}\n{table}{more}'
     )
+
+
+def _judged(step_dir: epath.Path, error: Exception) -> Exception:
+  """The error itself, if it may pass (a disk, a memory, a permission); else that of damage."""
+  content = FileNotFoundError, NotADirectoryError, IsADirectoryError
+  passing = isinstance(error, MemoryError | jax.errors.JaxRuntimeError) or (
+    isinstance(error, OSError) and not isinstance(error, content)
+  )
+  return error if passing else _damage(step_dir, error)
 
 
 def _damage(step_dir: epath.Path, error: Exception) -> DamagedCheckpointError:

@@ -105,6 +105,8 @@ class SAQConfig:
     perturb_weight_scales: shift the learnable scales of weights too (cases 1 and 2).
     perturb_act_scales: shift the learnable scales of activations too.
     batch_stats_from_both: running statistics move in both passes, as in the authors' code.
+    second_pass_float32: with a model in bfloat16, take the second gradient in float32 (ours). In
+      bfloat16 most of a perturbation is below the spacing of the weights and is rounded away.
   """
 
   case: int = _within(3, 1, 3)
@@ -116,6 +118,7 @@ class SAQConfig:
   perturb_weight_scales: bool = False
   perturb_act_scales: bool = False
   batch_stats_from_both: bool = False
+  second_pass_float32: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from saq_jax._paths import PyTree
 from saq_jax.data.source import Examples, train_source
 from saq_jax.training.build import Network
 from saq_jax.training.checkpoint import Checkpoints
+from saq_jax.training.config import ConfigError
 from saq_jax.training.evaluate import Score, make_evaluator
 from saq_jax.training.metrics import MetricWriter
 from saq_jax.training.progress import Progress
@@ -23,6 +24,7 @@ from saq_jax.training.sharding import over_batch, replicated, to_devices
 from saq_jax.training.signals import Stop
 from saq_jax.training.state import TrainState
 from saq_jax.training.step import Metrics, StepConfig, TrainStep, train_step
+from saq_jax.training.workdir import WorkdirError
 
 Begin = Callable[[Array, PyTree], TrainState]
 
@@ -98,6 +100,8 @@ def run_stage(
   Raises:
     PreemptedError: if it was asked to stop; the state is saved.
     DivergedError: if a loss or a gradient is not finite.
+    ConfigError: if the given weights do not fit.
+    WorkdirError: if what is in the directory cannot be gone on with.
   """
   source = train_source(
     train,
@@ -109,9 +113,15 @@ def run_stage(
   first = train_source(train, stage.batch_size, seed=stage.seed)[0]['image']
   evaluate = make_evaluator(stage.network, stage.step, mesh, test, stage.eval_batch_size)
   with Checkpoints(directory / 'checkpoints') as checkpoints:
-    restored = checkpoints.restore_latest(_abstract(begin, mesh, first, weights))
+    try:
+      restored = checkpoints.restore_latest(_abstract(begin, mesh, first, weights))
+    except ConfigError:
+      raise
+    except ValueError as error:
+      raise WorkdirError(str(error)) from error
     start = 0 if restored is None else restored[0]
     state = _started(begin, mesh, first, weights) if restored is None else restored[1]
+    score = None
     if start < stage.total_steps:
       writer = _Writer(stage, directory, start if restored else None)
       with writer, Progress(stage.name, stage.total_steps, start) as progress:
@@ -124,7 +134,7 @@ def run_stage(
             writer.write_score(step + 1, score)
             progress.update(step + 1, test=score.accuracy)
           run.save_if_due(state, step + 1)
-    return state, evaluate(state.params, state.batch_stats)
+    return state, score or evaluate(state.params, state.batch_stats)
 
 
 class _Run:
@@ -180,8 +190,9 @@ class _Run:
 
   def _diverged(self, step: int, figures: dict[str, float]) -> str:
     self._checkpoints.wait()
-    saved = self._checkpoints.latest_step
-    good = 'there is no checkpoint yet' if saved is None else f'the last good one is step {saved}'
+    # Step k's metrics tell of the parameters before it: those saved at k show at step k + 1.
+    saved = [known for known in self._checkpoints.steps if known < step - 1]
+    good = f'the last good checkpoint is step {saved[-1]}' if saved else 'no checkpoint is good'
     return (
       f"stage '{self._stage.name}' diverged at step {step}: loss {figures['loss']}, gradient norm "
       f'{figures["sharp_grad_norm"]}, learning rate {figures["lr"]:.3g}; {good}. Lower the '

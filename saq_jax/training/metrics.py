@@ -79,7 +79,8 @@ class MetricWriter:
     self._lines.write(_encode(record))
     self._lines.flush()
     for name in figures:
-      self._events.add_scalar(name, record[name], record['step'])
+      if math.isfinite(record[name]):  # TensorBoard has no place for the others
+        self._events.add_scalar(name, record[name], record['step'])
 
   def close(self) -> None:
     """Flushes and closes the files."""

@@ -135,6 +135,8 @@ def _unknown(cls: Any, name: str) -> str:
 
 def _build(cls: type[T], values: dict[str, Any], where: str) -> T:
   """A dataclass from nested dicts, with every key known and every value of its type."""
+  if not isinstance(values, dict):
+    raise ConfigError(f'config.{where.rstrip(".")}={values!r}: it is a group of settings.')
   hints = typing.get_type_hints(cls)
   unknown = sorted(set(values) - set(hints))
   if unknown:
@@ -189,7 +191,15 @@ def _check(experiment: ExperimentConfig) -> None:
   depth, data = experiment.model.depth, experiment.data
   if depth < 8 or (depth - 2) % 6:
     raise ConfigError(f'config.model.depth={depth}: must be 6 n + 2: 8, 14, 20, 32, ...')
-  if not experiment.methods:
-    raise ConfigError("config.methods=(): name at least one of 'qat' and 'saq'.")
+  methods = experiment.methods
+  if not methods or len(set(methods)) < len(methods):
+    raise ConfigError(f"config.methods={methods}: name at least one of 'qat' and 'saq', each once.")
+  for name in ('float_stage', 'quant_stage'):
+    stage = getattr(experiment, name)
+    if stage.warmup_epochs >= stage.epochs:
+      raise ConfigError(
+        f'config.{name}.warmup_epochs={stage.warmup_epochs}: must be below its epochs, '
+        f'{stage.epochs}.'
+      )
   if len(data.mean) != len(data.std):
     raise ConfigError('config.data.mean and config.data.std must be as long as each other.')

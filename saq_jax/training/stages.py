@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
+import jax
 import optax
 from jax import Array
 from jax.sharding import Mesh
@@ -17,16 +18,14 @@ from saq_jax.training.build import (
   build_slot,
   total_steps,
 )
-from saq_jax.training.checkpoint import restore_subtrees
 from saq_jax.training.config import ConfigError, ExperimentConfig
 from saq_jax.training.evaluate import Score
+from saq_jax.training.given import Weights, given_weights
 from saq_jax.training.loop import Stage, run_stage
 from saq_jax.training.sharding import make_mesh, require_divisible
 from saq_jax.training.signals import Stop
 from saq_jax.training.state import TrainState, new_state, state_from_weights
 from saq_jax.training.step import StepConfig, prepare_images
-
-Weights = tuple[PyTree, PyTree, dict[str, Array]] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +34,16 @@ class Outcome:
 
   Attributes:
     stage: what was trained.
-    state: its final state.
+    params: final parameters, on the host.
+    batch_stats: final running statistics, on the host.
     score: on the test split.
     directory: where its checkpoints and metrics are.
     image_shape: of one image, [H, W, C].
   """
 
   stage: Stage
-  state: TrainState
+  params: PyTree
+  batch_stats: PyTree
   score: Score
   directory: Path
   image_shape: tuple[int, ...]
@@ -67,20 +68,34 @@ def train_all(config: ExperimentConfig, workdir: Path, stop: Stop) -> list[Outco
   mesh = make_mesh()
   require_fitting_batches(config, train, mesh)
   outcomes: list[Outcome] = []
-  weights = _given_weights(config)
+  weights: Weights | None = None
+  if config.init_from is not None:
+    weights = given_weights(config.init_from, config.quant, workdir)
   for name in config.methods if weights else ('float', *config.methods):
     stage = make_stage(config, name, train)
     begin = functools.partial(_begin, stage, config)
     directory = workdir / name
     state, score = run_stage(stage, begin, weights, train, test, mesh, directory, stop)
-    outcomes.append(Outcome(stage, state, score, directory, train.images.shape[1:]))
+    params, batch_stats = jax.device_get((state.params, state.batch_stats))
+    shape = train.images.shape[1:]
+    outcomes.append(Outcome(stage, params, batch_stats, score, directory, shape))
     if name == 'float':
-      weights = state.params['model'], state.batch_stats, state.params['scales']
+      weights = params['model'], batch_stats, params['scales']
   return outcomes
 
 
 def load_splits(config: ExperimentConfig) -> tuple[Examples, Examples]:
-  """The training and the test examples."""
+  """Reads the examples that the settings name.
+
+  Args:
+    config: the experiment.
+
+  Returns:
+    The training and the test examples.
+
+  Raises:
+    ConfigError: if they cannot be read, or the channels' means do not fit them.
+  """
   data = config.data
   try:
     train, test = (
@@ -134,7 +149,15 @@ def make_stage(config: ExperimentConfig, name: str, train: Examples) -> Stage:
     network=network,
     tx=optax.chain(slot, optimizer),
     lr=lr,
-    step=StepConfig.of(config.data, settings.label_smoothing, config.saq.batch_stats_from_both),
+    step=StepConfig(
+      mean=config.data.mean,
+      std=config.data.std,
+      pad_crop=config.data.pad_crop,
+      flip=config.data.flip,
+      label_smoothing=settings.label_smoothing,
+      batch_stats_from_both=config.saq.batch_stats_from_both,
+      second_pass_float32=config.saq.second_pass_float32,
+    ),
     seed=config.seed,
     batch_size=config.data.batch_size,
     eval_batch_size=config.data.eval_batch_size,
@@ -146,20 +169,11 @@ def make_stage(config: ExperimentConfig, name: str, train: Examples) -> Stage:
   )
 
 
-def _begin(stage: Stage, config: ExperimentConfig, images: Array, weights: Weights) -> TrainState:
+def _begin(
+  stage: Stage, config: ExperimentConfig, images: Array, weights: Weights | None
+) -> TrainState:
   """The state at step 0: random weights, or given ones with scales found from a batch."""
   inputs = prepare_images(images, stage.step)
   if weights is None:
     return new_state(stage.network, stage.tx, config.seed, inputs)
   return state_from_weights(stage.network, stage.tx, config.seed, inputs, *weights)
-
-
-def _given_weights(config: ExperimentConfig) -> Weights:
-  """Weights, running statistics and scales that `init_from` names, if it does."""
-  if config.init_from is None:
-    return None
-  try:
-    params, batch_stats = restore_subtrees(config.init_from, 'params', 'batch_stats')
-  except ValueError as error:
-    raise ConfigError(f'config.init_from: {error}.') from error
-  return params['model'], batch_stats, params['scales']

@@ -9,7 +9,7 @@ import optax
 from flax import traverse_util
 from jax import Array
 
-from saq_jax._paths import PyTree
+from saq_jax._paths import PyTree, is_quant_scale
 from saq_jax.layers import calibrate
 from saq_jax.training.build import Network
 from saq_jax.training.config import ConfigError
@@ -102,7 +102,7 @@ def state_from_weights(
   params['scales'] |= kept_scales
   seen = variables(network.quantize(params), stats)
   calibrated = calibrate(network.model, seen, images, into=params['model'], train=True)
-  kept = {path: x for path, x in given.items() if path.endswith('/quant_scale')}
+  kept = {path: x for path, x in given.items() if is_quant_scale(path)}
   model = traverse_util.flatten_dict({'params': calibrated}, sep='/') | kept
   params['model'] = traverse_util.unflatten_dict(model, sep='/')['params']
   return _at_step_0(tx, begin.seed, params, stats)
@@ -116,8 +116,8 @@ def _at_step_0(
 
 def _require_fitting(given: dict[str, Array], wanted: dict[str, Array]) -> None:
   """Raises ConfigError unless the given weights are those that the model has."""
-  missing = [p for p in wanted if p not in given and not p.endswith('/quant_scale')]
-  extra = [p for p in given if p not in wanted and not p.endswith('/quant_scale')]
+  missing = [p for p in wanted if p not in given and not is_quant_scale(p)]
+  extra = [p for p in given if p not in wanted and not is_quant_scale(p)]
   shapes = [
     f'{p} {given[p].shape} for {wanted[p].shape}'
     for p in given

@@ -2,8 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,7 +12,6 @@ from jax import Array
 from saq_jax._paths import PyTree
 from saq_jax.data import augment
 from saq_jax.training.build import Network
-from saq_jax.training.config import DataConfig
 from saq_jax.training.state import TrainState, variables
 
 Batch = dict[str, Array]
@@ -30,6 +29,7 @@ class StepConfig:
     flip: random horizontal flips.
     label_smoothing: 0 to below 1.
     batch_stats_from_both: running statistics move in the second pass too.
+    second_pass_float32: the second pass computes in float32, whatever the model does.
   """
 
   mean: tuple[float, ...]
@@ -38,15 +38,7 @@ class StepConfig:
   flip: bool = False
   label_smoothing: float = 0.0
   batch_stats_from_both: bool = False
-
-  @classmethod
-  def of(
-    cls, data: DataConfig, label_smoothing: float, batch_stats_from_both: bool
-  ) -> 'StepConfig':
-    """What of the data's settings is done on the device."""
-    return cls(
-      data.mean, data.std, data.pad_crop, data.flip, label_smoothing, batch_stats_from_both
-    )
+  second_pass_float32: bool = True
 
 
 def train_step(
@@ -98,15 +90,17 @@ def train_on(
     network: model and weight quantizer.
     tx: `optax.chain(saq(...) or qat(...), ...)`.
     lr: the schedule, for the metrics.
-    config: loss and batch statistics.
+    config: loss, batch statistics and the second pass.
 
   Returns:
     The next state, and the metrics of this step as scalars: loss, accuracy, lr, grad_norm,
     sharp_grad_norm and cosine (see `SAQState`), and for `saq` rho and loss_perturbed.
   """
 
-  def loss_fn(z: PyTree, batch_stats: PyTree) -> tuple[Array, tuple[PyTree, Array]]:
-    logits, moved = network.model.apply(
+  def loss_fn(
+    z: PyTree, batch_stats: PyTree, model: nn.Module
+  ) -> tuple[Array, tuple[PyTree, Array]]:
+    logits, moved = model.apply(
       variables(z, batch_stats), images, train=True, mutable=['batch_stats']
     )
     loss = cross_entropy(logits, labels, config.label_smoothing).mean()
@@ -115,10 +109,13 @@ def train_on(
 
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   z = network.quantize(state.params)
-  (loss, (stats, accuracy)), g = grad_fn(z, state.batch_stats)
+  (loss, (stats, accuracy)), g = grad_fn(z, state.batch_stats, network.model)
+
+  # In bfloat16 most of a perturbation is below the spacing of the weights, and is rounded away.
+  again = network.model.clone(dtype=None) if config.second_pass_float32 else network.model
 
   def second_grad(z: PyTree) -> tuple[PyTree, tuple[Array, PyTree]]:
-    (loss, (stats_after_both, _)), g2 = grad_fn(z, stats)
+    (loss, (stats_after_both, _)), g2 = grad_fn(z, stats, again)
     return g2, (loss, stats_after_both)
 
   updates, opt_state = tx.update(g, state.opt_state, state.params, grad_fn=second_grad)
@@ -198,4 +195,3 @@ def cross_entropy(logits: Array, labels: Array, smoothing: float) -> Array:
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-EvalStep = Callable[[Any, Any, Batch], Metrics]

@@ -1,41 +1,73 @@
 """The work directory: one experiment's alone, marked by its settings."""
 
+import contextlib
+import fcntl
 import json
 import os
+import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from saq_jax.training.config import ConfigError
+
 MARK = 'config.json'
 VERSION_KEY = 'saq_jax'
+LOCK = '.lock'
+OURS = (LOCK, f'.{MARK}.')
 
 
 class WorkdirError(ValueError):
   """A directory that this experiment cannot use; the message says what to do."""
 
 
-def claim(directory: str | os.PathLike[str], settings: dict[str, Any], version: str) -> Path:
-  """Takes a directory for an experiment, or finds that it is that experiment's already.
+@contextlib.contextmanager
+def claim(
+  directory: str | os.PathLike[str], settings: dict[str, Any], version: str
+) -> Iterator[Path]:
+  """Holds a directory for an experiment: a new one, or one that is that experiment's already.
+
+  While it is held, no other process can claim it. Where the settings turn out to be impossible
+  (a ConfigError) before anything was trained, it is left as it was found.
 
   Args:
     directory: made where missing.
     settings: of the experiment, as plain JSON values.
     version: of this package, noted in the mark.
 
-  Returns:
+  Yields:
     The directory.
 
   Raises:
-    WorkdirError: if it cannot be made or written, holds something else, or holds a run of other
-      settings. Nothing in it is touched then.
+    WorkdirError: if it cannot be made or written, holds something else, holds a run of other
+      settings, or is another process's. Nothing in it is touched then.
+
+  Example:
+    >>> import tempfile
+    >>> with claim(tempfile.mkdtemp(), {'seed': 0}, '1.0') as folder:
+    ...   sorted(path.name for path in folder.iterdir())
+    ['.lock', 'config.json']
   """
   folder = Path(directory)
+  made = not folder.exists()
+  _mark(folder, settings, version)
+  with _locked(folder):
+    try:
+      yield folder
+    except ConfigError:
+      _let_go(folder, made)
+      raise
+
+
+def _mark(folder: Path, settings: dict[str, Any], version: str) -> None:
+  """Writes the mark into a new directory, or finds the same one there."""
   mark = folder / MARK
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if mark.exists():
       _require_same(folder, json.loads(mark.read_text(encoding='utf-8')), settings)
-    elif any(folder.iterdir()):
+    elif any(not path.name.startswith(OURS) for path in folder.iterdir()):
       raise WorkdirError(
         f'{folder} holds files that are not a run of this package: name another --workdir.'
       )
@@ -49,11 +81,44 @@ def claim(directory: str | os.PathLike[str], settings: dict[str, Any], version: 
     ) from None
   if not os.access(folder, os.W_OK):
     raise WorkdirError(f'{folder} is not writable: name another --workdir.')
-  return folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+  """Keeps other processes out until the end of this one, however it ends."""
+  with (folder / LOCK).open('w', encoding='utf-8') as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise WorkdirError(
+        f'{folder} is in use: another process runs this experiment. Wait for it, or name another '
+        '--workdir.'
+      ) from None
+    except OSError:  # a file system without locks
+      pass
+    yield
+
+
+def _let_go(folder: Path, made: bool) -> None:
+  """Takes the mark away again, if nothing else was written yet."""
+  files = [path for path in folder.rglob('*') if path.is_file()]
+  if all(path.parent == folder and path.name in (MARK, LOCK) for path in files):
+    for path in folder.iterdir():
+      if path.is_dir():
+        shutil.rmtree(path)
+      else:
+        path.unlink()
+    if made:
+      folder.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:
-  """Writes a JSON file whole or not at all."""
+  """Writes a JSON file whole or not at all.
+
+  Args:
+    path: of the file.
+    value: what `json.dumps` takes.
+  """
   part = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}')
   part.write_text(json.dumps(value, indent=2, sort_keys=True) + '\n', encoding='utf-8')
   part.replace(path)
