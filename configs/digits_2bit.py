@@ -17,7 +17,7 @@ Obtained (means over the seeds, 95 % intervals; sharpness: rise of the training 
     Case 3 (SAQ)  0.8   97.14 ± 0.31 %   +0.02 ± 0.61    0.0118 ± 0.0031   flatter, p = 0.007
 
 So SAQ's networks are flatter here, 1.8 times, and no difference in accuracy is shown; the float
-networks reach 97.74 ± 0.33 %. p is not corrected for the five comparisons made. Seven and a half
+networks reach 97.74 ± 0.33 %. p is not corrected for the five comparisons made. About seven
 minutes on two cores.
 """
 

@@ -60,6 +60,14 @@ class Conv(nn.Conv):
   Attributes:
     input_quantizer: the quantizer of the input; None leaves it as it is. Its scale is the
       parameter 'input/quant_scale'. All other fields are those of `flax.linen.Conv`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from saq_jax import LSQ
+    >>> layer = Conv(8, (3, 3), input_quantizer=LSQ(bits=4, signed=False))
+    >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))
+    >>> sorted(variables['params'])
+    ['bias', 'input', 'kernel']
   """
 
   input_quantizer: Quantizer | None = None
@@ -76,6 +84,13 @@ class Dense(nn.Dense):
   Attributes:
     input_quantizer: the quantizer of the input; None leaves it as it is. Its scale is the
       parameter 'input/quant_scale'. All other fields are those of `flax.linen.Dense`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from saq_jax import LSQ
+    >>> layer = Dense(2, input_quantizer=LSQ(bits=4))
+    >>> layer.init_with_output(jax.random.key(0), jnp.ones((5, 3)))[0].shape
+    (5, 2)
   """
 
   input_quantizer: Quantizer | None = None
@@ -122,6 +137,14 @@ class BatchNorm(nn.BatchNorm):
   A batch is normalised by its biased variance `v` in both libraries; into the running average
   goes `v n/(n-1)` here, n being the number of values a channel. Networks trained there then give
   the same statistics here. Under a sharded `jax.jit` the batch is the global one.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> norm, x = BatchNorm(use_running_average=False, momentum=0.9), jnp.array([[0.0], [2.0]])
+    >>> variables = norm.init(jax.random.key(0), x)
+    >>> _, moved = norm.apply(variables, x, mutable=['batch_stats'])
+    >>> round(float(moved['batch_stats']['var'][0]), 4)  # 0.9 * 1 + 0.1 * (1 * 2/1)
+    1.1
   """
 
   @nn.compact

@@ -57,6 +57,12 @@ def perturbed_by_default(path: str) -> bool:
 
   By this package's convention those are under 'scales' (weights) or named 'quant_scale'
   (activations). Weights, biases and the affine parameters of norms are perturbed.
+
+  Args:
+    path: of a leaf of params, its keys joined by '/'.
+
+  Returns:
+    Whether it is perturbed.
   """
   return not is_quant_scale(path)
 

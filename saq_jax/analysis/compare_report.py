@@ -22,7 +22,14 @@ _PAIRS_HEADER = ('Compared', 'Difference', '95 % interval', 'p', 'Seeds +/=/-', 
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-  """Makes the tables of a comparison for a terminal."""
+  """Makes the tables of a comparison for a terminal.
+
+  Args:
+    comparison: all its figures.
+
+  Returns:
+    Means by method, paired differences of accuracy, and those of sharpness.
+  """
   return [
     _rich(title, header, rows) for title, header, rows in _tables(comparison, with_tried=False)
   ]

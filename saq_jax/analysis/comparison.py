@@ -67,7 +67,14 @@ class Runs:
 
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> 'Runs':
-    """Reads what `dataclasses.asdict` gave, after JSON."""
+    """Reads what `dataclasses.asdict` gave, after JSON.
+
+    Args:
+      value: the dict that JSON read.
+
+    Returns:
+      The runs.
+    """
     fields: dict[str, Any] = {
       split: Scores(**{name: tuple(x) for name, x in value[split].items()})
       for split in ('validation', 'test')
@@ -76,7 +83,14 @@ class Runs:
     return cls(method=value['method'], rho=value['rho'], **fields)
 
   def joined(self, other: 'Runs') -> 'Runs':
-    """These runs, then those of other seeds."""
+    """These runs, then those of other seeds.
+
+    Args:
+      other: of the same method and radius.
+
+    Returns:
+      Runs of both groups of seeds.
+    """
 
     def join(split: str) -> Scores:
       a, b = getattr(self, split), getattr(other, split)
@@ -142,16 +156,39 @@ class Comparison:
     return (self.floating, *(self.chosen[method] for method in METHODS))
 
   def values(self, method: str, figure: str) -> tuple[float, ...]:
-    """A figure of the chosen runs, an entry a seed: 'accuracy' (of the test) or 'sharpness'."""
+    """A figure of the chosen runs, an entry a seed: 'accuracy' (of the test) or 'sharpness'.
+
+    Args:
+      method: 'qat' or a case.
+      figure: which one.
+
+    Returns:
+      Fractions for the accuracy, losses for the sharpness.
+    """
     runs = self.chosen[method]
     return runs.test.accuracy if figure == 'accuracy' else runs.sharpness
 
   def interval(self, method: str, figure: str) -> Interval:
-    """The mean of a figure over the seeds, with its 95 % interval."""
+    """The mean of a figure over the seeds, with its 95 % interval.
+
+    Args:
+      method: 'qat' or a case.
+      figure: 'accuracy' or 'sharpness'.
+
+    Returns:
+      The interval of Student's t.
+    """
     return mean_interval(self.values(method, figure))
 
   def differences(self, figure: str) -> tuple[Difference, ...]:
-    """Every pair of `PAIRS`, compared seed by seed."""
+    """Every pair of `PAIRS`, compared seed by seed.
+
+    Args:
+      figure: 'accuracy' or 'sharpness'.
+
+    Returns:
+      A difference a pair.
+    """
     return tuple(
       Difference(a, b, figure, paired(self.values(a, figure), self.values(b, figure)))
       for a, b in PAIRS

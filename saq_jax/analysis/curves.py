@@ -38,7 +38,14 @@ _Place = tuple[float, float, float, float, int]
 
 
 def draw_curves(results: Sequence[Result]) -> Figure:
-  """The picture: training loss, test accuracy, and accuracy against size."""
+  """The picture: training loss, test accuracy, and accuracy against size.
+
+  Args:
+    results: one or more, in the order of their colours.
+
+  Returns:
+    A figure to be saved under `matplotlib.rc_context(STYLE)`.
+  """
   longest = max(len(result.label) for result in results)
   figure = Figure((11.5 + 0.18 * longest, 4.4), dpi=160, layout='constrained')
   FigureCanvasAgg(figure)

@@ -30,7 +30,14 @@ _HOW_TO_READ = (
 
 
 def results_table(results: Sequence[Result]) -> Table:
-  """Makes the table of some results for a terminal; ratios are against full precision."""
+  """Makes the table of some results for a terminal; ratios are against full precision.
+
+  Args:
+    results: in the order of their rows.
+
+  Returns:
+    A table that fits 80 columns.
+  """
   table = Table(box=rich.box.SIMPLE_HEAD)
   for name in _HEADER:
     table.add_column(name, justify='left' if name == _HEADER[0] else 'right', min_width=6)
@@ -40,7 +47,14 @@ def results_table(results: Sequence[Result]) -> Table:
 
 
 def markdown_table(results: Sequence[Result]) -> str:
-  """Makes the same table in Markdown, without a newline at its end."""
+  """Makes the same table in Markdown, without a newline at its end.
+
+  Args:
+    results: in the order of their rows.
+
+  Returns:
+    Markdown.
+  """
   lines = ['| ' + ' | '.join(_HEADER) + ' |', '|:--|' + '--:|' * (len(_HEADER) - 1)]
   for row in _rows(results):
     cells = [main.replace('|', r'\|') + f' ({", ".join(more)})' * bool(more) for main, *more in row]

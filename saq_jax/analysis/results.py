@@ -81,7 +81,19 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
 
 
 def human(value: float, space: str = '') -> str:
-  """A number with one decimal and the prefix of its thousands."""
+  """A number with one decimal and the prefix of its thousands.
+
+  Args:
+    value: at least 0.
+    space: what stands between number and prefix.
+
+  Returns:
+    Text, such as '12.7M'.
+
+  Example:
+    >>> human(12_690_000)
+    '12.7M'
+  """
   power = 0
   while value >= 999.95 and power < 4:
     value, power = value / 1000, power + 1

@@ -44,7 +44,15 @@ class SeedTrainer:
     self._step: dict[str, Any] = {}
 
   def stage(self, method: str, rho: float | Array = 0.0) -> Stage:
-    """The stage of a method: 'float', 'qat', or a case of `CASES` with its radius."""
+    """The stage of a method: 'float', 'qat', or a case of `CASES` with its radius.
+
+    Args:
+      method: its name.
+      rho: the radius of a case; may be traced.
+
+    Returns:
+      The stage, as the training loop would run it.
+    """
     if method not in CASES:
       return make_stage(self._config, method, self._train)
     # `rho` may be a traced array: the schedule in the optimizer's chain closes over it.

@@ -106,6 +106,10 @@ def build_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """The optimizer that follows `saq` or `qat` in the chain.
 
+  SGD, as PyTorch's: `d = g + decay p; m <- momentum m + d; p <- p - lr (d + momentum m)`. The
+  learning rate after a linear warm-up of w of all T steps: cosine,
+  `lr (1 + cos(pi (t-w)/(T-w)))/2`; step, `lr 0.1^(milestones passed)`; or constant.
+
   Args:
     stage: its settings; durations are in epochs.
     steps_per_epoch: training examples over the batch size, also a fraction.
@@ -125,7 +129,15 @@ def build_optimizer(
 
 
 def total_steps(stage: StageConfig, steps_per_epoch: float) -> int:
-  """Steps in the stage, at least one."""
+  """Steps in the stage, at least one.
+
+  Args:
+    stage: with its epochs.
+    steps_per_epoch: training examples over the batch size.
+
+  Returns:
+    epochs times steps an epoch, rounded, at least 1.
+  """
   return max(1, round(stage.epochs * steps_per_epoch))
 
 

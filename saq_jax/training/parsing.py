@@ -62,7 +62,14 @@ def parse(
 
 
 def to_json(experiment: ExperimentConfig) -> dict[str, Any]:
-  """The experiment as plain values: what a work directory is marked with."""
+  """The experiment as plain values: what a work directory is marked with.
+
+  Args:
+    experiment: the dataclasses.
+
+  Returns:
+    Nested dicts that JSON takes.
+  """
   return dataclasses.asdict(experiment)
 
 

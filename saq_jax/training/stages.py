@@ -113,7 +113,16 @@ def load_splits(config: ExperimentConfig) -> tuple[Examples, Examples]:
 
 
 def require_fitting_batches(config: ExperimentConfig, train: Examples, mesh: Mesh) -> None:
-  """Raises ConfigError if a batch is larger than the data, or cannot be split over devices."""
+  """Raises ConfigError if a batch is larger than the data, or cannot be split over devices.
+
+  Args:
+    config: the experiment.
+    train: the training examples.
+    mesh: the devices.
+
+  Raises:
+    ConfigError: if so.
+  """
   data = config.data
   if data.batch_size > len(train):
     raise ConfigError(

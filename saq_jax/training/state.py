@@ -35,7 +35,15 @@ class TrainState:
 
 
 def variables(params: PyTree, batch_stats: PyTree) -> dict[str, PyTree]:
-  """What `model.apply` takes, of parameters that are quantized already."""
+  """What `model.apply` takes, of parameters that are quantized already.
+
+  Args:
+    params: {'model': tree, 'scales': {...}}, quantized.
+    batch_stats: running statistics.
+
+  Returns:
+    {'params': tree, 'batch_stats': tree}.
+  """
   return {'params': params['model'], 'batch_stats': batch_stats}
 
 

@@ -168,7 +168,16 @@ def eval_step(
 
 
 def prepare_images(images: Array, config: StepConfig, key: Array | None = None) -> Array:
-  """Augments (where there is a key) and normalises uint8 images."""
+  """Augments (where there is a key) and normalises uint8 images.
+
+  Args:
+    images: uint8 [B, H, W, C].
+    config: means, deviations and augmentation.
+    key: of the augmentation; None for none.
+
+  Returns:
+    float32 [B, H, W, C].
+  """
   if key is not None:
     crop_key, flip_key = jax.random.split(key)
     if config.pad_crop:
