@@ -1,5 +1,7 @@
 """Names of the leaves of a parameter tree, as rules and masks see them."""
 
+import collections
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,31 +11,43 @@ PyTree = Any
 # The learnable scale of an activation; those of weights are under 'scales'.
 ACT_SCALE = 'quant_scale'
 
+_VALUE = jax.tree_util.GetAttrKey('value')
 
-def path_name(path: tuple[Any, ...]) -> str:
-  """Joins a key path by '/': 'stem/kernel', 'blocks/0/kernel'.
 
-  The attribute `value` in which an NNX state, a dict, holds each variable is left out, so that one
-  rule serves a Linen tree and an NNX state alike.
+def leaf_names(tree: PyTree) -> list[str]:
+  """The names of the leaves, their keys joined by '/': 'stem/kernel', 'blocks/0/kernel'.
+
+  The attribute `value` in which an NNX state holds each variable is left out, so that one rule
+  serves a Linen tree and an NNX state alike; it is, where nothing stands beside it.
+
+  Raises:
+    ValueError: if two leaves have the same name.
   """
-  if (
-    len(path) > 1
-    and path[-1] == jax.tree_util.GetAttrKey('value')
-    and isinstance(path[-2], jax.tree_util.DictKey)
-  ):
-    path = path[:-1]
-  return jax.tree_util.keystr(path, simple=True, separator='/')
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  beside = collections.Counter(path[:-1] for path in paths)
+  names = [
+    jax.tree_util.keystr(
+      path[:-1] if len(path) > 1 and path[-1] == _VALUE and beside[path[:-1]] == 1 else path,
+      simple=True,
+      separator='/',
+    )
+    for path in paths
+  ]
+  if len(set(names)) < len(names):
+    twice = next(name for name, count in collections.Counter(names).items() if count > 1)
+    raise ValueError(f"two leaves of the tree are called {twice!r}: rename a key that holds '/'.")
+  return names
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-  """The leaves of a tree by name, in the tree's order; ValueError if two have the same name."""
-  named: dict[str, Any] = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    name = path_name(path)
-    if name in named:
-      raise ValueError(f"two leaves of the tree are called {name!r}: rename a key that holds '/'.")
-    named[name] = leaf
-  return named
+  """The leaves of a tree by name, in the tree's order."""
+  return dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
+
+
+def map_named(fn: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
+  """A tree of `fn(name, leaf)` at every leaf."""
+  named = (fn(name, leaf) for name, leaf in named_leaves(tree).items())
+  return jax.tree.unflatten(jax.tree.structure(tree), named)
 
 
 def is_quant_scale(path: str) -> bool:

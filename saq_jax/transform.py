@@ -22,7 +22,7 @@ from jax import Array
 
 from saq_jax import _axes as axes
 from saq_jax import _checks as checks
-from saq_jax._paths import PyTree, is_quant_scale, path_name
+from saq_jax._paths import PyTree, is_quant_scale, map_named
 
 Mask = Callable[[str], bool] | PyTree
 Quantize = Callable[[PyTree], PyTree]
@@ -300,6 +300,6 @@ def _mask_tree(mask: Mask | None, params: PyTree) -> PyTree:
   if mask is None:
     mask = perturbed_by_default
   if callable(mask):
-    return jax.tree_util.tree_map_with_path(lambda path, _: bool(mask(path_name(path))), params)
+    return map_named(lambda path, _: bool(mask(path)), params)
   checks.require_same_structure('saq(mask=...)', mask, params, 'give one bool a leaf of params')
   return jax.tree.map(bool, mask)

@@ -4,13 +4,11 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
-from saq_jax._paths import PyTree, named_leaves, path_name
+from saq_jax._paths import PyTree, map_named, named_leaves
 from saq_jax.quantizers import Quantizer
 
 
@@ -123,8 +121,7 @@ class WeightQuantizer:
       )
     scales = params['scales']
 
-    def leaf(path: tuple[Any, ...], x: Array) -> Array:
-      name = path_name(path)
+    def leaf(name: str, x: Array) -> Array:
       rule = self._rule(name)
       if rule is None:
         return x
@@ -132,7 +129,7 @@ class WeightQuantizer:
         raise ValueError(f'no scale for {name!r}: make params with quantize.init(model_params).')
       return rule.quantizer(x, scales.get(name))
 
-    return {'model': jax.tree_util.tree_map_with_path(leaf, params['model']), 'scales': scales}
+    return {'model': map_named(leaf, params['model']), 'scales': scales}
 
   def _rule(self, path: str) -> QuantRule | None:
     """The first rule that matches, if any."""

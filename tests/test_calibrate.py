@@ -129,3 +129,9 @@ def test_bfloat16_activations_give_float32_scales():
   scale = params['input']['quant_scale']
   assert scale.dtype == jnp.float32
   np.testing.assert_allclose(scale, 1.6 * np.abs(x.astype(jnp.float32)).max(), rtol=1e-6)
+
+
+def test_an_apply_that_may_change_everything_computes_with_the_scales_it_has(variables):
+  plain, _ = Net().apply(variables, X, mutable=['batch_stats'])
+  free, _ = Net().apply(variables, X, mutable=True)
+  np.testing.assert_array_equal(plain, free)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from absl import logging as absl_logging
 from flax import struct
@@ -475,3 +476,19 @@ def test_orbax_keeps_quiet(tmp_path, caplog):
   finally:
     logger.removeHandler(caplog.handler)
     absl_logging.set_verbosity(before)
+
+
+@pytest.mark.parametrize('error', [OSError(5, 'Input/output error'), MemoryError()])
+def test_an_error_that_may_pass_is_not_taken_for_damage(tmp_path, monkeypatch, error):
+  save_steps(tmp_path, 1, 2)
+
+  def fail(*args, **kwargs):
+    raise error
+
+  with monkeypatch.context() as broken, Checkpoints(tmp_path) as checkpoints:
+    broken.setattr(ocp.Checkpointer, 'restore', fail)
+    with pytest.raises(type(error)):
+      checkpoints.restore_latest(make_state())
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.steps == [1, 2]
+    assert checkpoints.restore_latest(make_state())[0] == 2

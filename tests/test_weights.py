@@ -279,3 +279,21 @@ def test_params_that_init_did_not_make_are_refused(net):
   del params['scales']['body/kernel']
   with pytest.raises(ValueError, match="no scale for 'body/kernel'"):
     MIXED(params)
+
+
+def test_an_attribute_called_value_keeps_its_name():
+  @jax.tree_util.register_dataclass
+  @dataclasses.dataclass
+  class Attention:
+    query: jax.Array
+    value: jax.Array
+
+  tree = {'attention': Attention(jnp.ones(4), jnp.ones(4))}
+  quantize = weight_quantizer([QuantRule(r'.*/value', LSQ(bits=4))])
+  assert list(quantize.assign(tree)) == ['attention/value']
+
+
+def test_two_leaves_of_one_name_are_refused():
+  tree = {'a/b': jnp.array([100.0]), 'a': {'b': jnp.array([0.01])}}
+  with pytest.raises(ValueError, match="two leaves of the tree are called 'a/b'"):
+    weight_quantizer([QuantRule('a/b', LSQ(bits=4))]).init(tree)

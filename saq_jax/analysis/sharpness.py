@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from saq_jax._paths import PyTree, path_name
+from saq_jax._paths import PyTree, map_named
 from saq_jax.transform import perturbed_by_default
 
 ValueAndGrad = Callable[[PyTree, Any], tuple[tuple[Array, Array], PyTree]]
@@ -77,9 +77,7 @@ def sharpness(
   if not batches:
     raise ValueError('sharpness needs at least one batch.')
   loss, g = _mean(value_and_grad_fn, z, batches)
-  shifted = jax.tree_util.tree_map_with_path(
-    lambda path, d: d if mask(path_name(path)) else jnp.zeros_like(d), g
-  )
+  shifted = map_named(lambda path, d: d if mask(path) else jnp.zeros_like(d), g)
   norm = optax.tree.norm(shifted)
   ratio = jnp.where(norm == 0, 0.0, rho / jnp.where(norm == 0, 1.0, norm))
   moved = jax.tree.map(lambda x, d: (x + ratio * d).astype(x.dtype), z, shifted)

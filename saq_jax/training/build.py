@@ -1,15 +1,13 @@
 """From settings to the objects that train: the network, its weight quantizer, the optimizer."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import functools
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import optax
 
-from saq_jax._paths import PyTree, is_quant_scale, path_name
+from saq_jax._paths import is_quant_scale, map_named
 from saq_jax.models.preresnet import PreResNet
 from saq_jax.quantizers import LIQ, LSQ, PACT, DoReFa, Quantizer
 from saq_jax.training.config import (
@@ -121,7 +119,7 @@ def build_optimizer(
   lr, scale_lr = (_schedule(stage, top, steps_per_epoch) for top in (stage.lr, stage.scale_lr))
   by_group = optax.partition(
     {'weights': _base_optimizer(stage, lr), 'scales': _base_optimizer(stage, scale_lr)},
-    lambda params: _by_path(lambda path: 'scales' if is_quant_scale(path) else 'weights', params),
+    functools.partial(map_named, lambda path, _: 'scales' if is_quant_scale(path) else 'weights'),
   )
   if stage.clip_norm is None:
     return by_group, lr
@@ -173,7 +171,7 @@ def _schedule(stage: StageConfig, top: float, steps_per_epoch: float) -> optax.S
 
 def _base_optimizer(stage: StageConfig, lr: optax.Schedule) -> optax.GradientTransformation:
   """SGD with Nesterov momentum and decay in the gradient, or AdamW."""
-  decayed = None if stage.decay == 'all' else lambda params: _by_path(_is_kernel, params)
+  decayed = None if stage.decay == 'all' else functools.partial(map_named, _is_kernel)
   if stage.optimizer == 'adamw':
     return optax.adamw(lr, weight_decay=stage.weight_decay, mask=decayed)
   return optax.chain(
@@ -182,10 +180,5 @@ def _base_optimizer(stage: StageConfig, lr: optax.Schedule) -> optax.GradientTra
   )
 
 
-def _is_kernel(path: str) -> bool:
+def _is_kernel(path: str, _: object) -> bool:
   return path.endswith('/kernel') and not is_quant_scale(path)
-
-
-def _by_path(fn: Callable[[str], Any], params: PyTree) -> PyTree:
-  """A function of the path at every leaf."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: fn(path_name(path)), params)
