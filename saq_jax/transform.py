@@ -174,8 +174,8 @@ def saq(
     z, pullback = jax.vjp(quantize, params)
     (p,) = pullback(g)
     point = params if case == 2 else z
-    perturbed, norm = _perturb(
-      point, g if case == 3 else p, radius, _mask_tree(mask, params), eta if adaptive else None
+    perturbed, norm = perturb(
+      point, g if case == 3 else p, radius, mask_tree(mask, params), eta if adaptive else None
     )
     if case == 2:
       perturbed, pullback = jax.vjp(quantize, perturbed)
@@ -234,10 +234,21 @@ def _init(params: PyTree) -> SAQState:
   return SAQState(jnp.zeros((), jnp.int32), *(jnp.zeros((), float) for _ in range(4)))
 
 
-def _perturb(
-  point: PyTree, direction: PyTree, radius: Array, mask: PyTree, eta: float | None
+def perturb(
+  point: PyTree, direction: PyTree, radius: float | Array, mask: PyTree, eta: float | None = None
 ) -> tuple[PyTree, Array]:
-  """Adds `rho d/|d|` to the masked leaves of `point` (with eta: `rho T^2 d/|T d|`); also |.|."""
+  """Adds `eps = rho d/|d|` to the masked leaves of a point; 0 where d is 0.
+
+  Args:
+    point: a tree of floating arrays.
+    direction: d, a tree like it.
+    radius: rho.
+    mask: one bool a leaf: which are moved, and counted in the norm.
+    eta: of ASAM's scaling, `eps = rho T^2 d/|T d|` with `T = |point| + eta`; None for none.
+
+  Returns:
+    The moved point, and the norm that was divided by, in float32 or better.
+  """
 
   def scaled(x: Array, d: Array) -> Array:
     return d if eta is None else (jnp.abs(x) + eta) * d
@@ -295,8 +306,19 @@ def _wide(tree: PyTree) -> PyTree:
   return jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
-def _mask_tree(mask: Mask | None, params: PyTree) -> PyTree:
-  """One bool a leaf of params."""
+def mask_tree(mask: Mask | None, params: PyTree) -> PyTree:
+  """One bool a leaf of params.
+
+  Args:
+    mask: a function of the leaf's path, a tree of bools, or None for `perturbed_by_default`.
+    params: the tree.
+
+  Returns:
+    A tree of bools like params.
+
+  Raises:
+    ValueError: if a tree of bools has another structure.
+  """
   if mask is None:
     mask = perturbed_by_default
   if callable(mask):

@@ -4,12 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import optax
 from jax import Array
 
-from saq_jax._paths import PyTree, map_named
-from saq_jax.transform import perturbed_by_default
+from saq_jax._paths import PyTree
+from saq_jax.transform import mask_tree, perturb, perturbed_by_default
 
 ValueAndGrad = Callable[[PyTree, Any], tuple[tuple[Array, Array], PyTree]]
 
@@ -77,10 +75,7 @@ def sharpness(
   if not batches:
     raise ValueError('sharpness needs at least one batch.')
   loss, g = _mean(value_and_grad_fn, z, batches)
-  shifted = map_named(lambda path, d: d if mask(path) else jnp.zeros_like(d), g)
-  norm = optax.tree.norm(shifted)
-  ratio = jnp.where(norm == 0, 0.0, rho / jnp.where(norm == 0, 1.0, norm))
-  moved = jax.tree.map(lambda x, d: (x + ratio * d).astype(x.dtype), z, shifted)
+  moved, norm = perturb(z, g, rho, mask_tree(mask, z))
   perturbed_loss, _ = _mean(value_and_grad_fn, moved, batches)
   return Sharpness(perturbed_loss - loss, loss, perturbed_loss, norm)
 
