@@ -296,7 +296,7 @@ def _finish(
   )
 
 
-def _ratio(a: Array, b: Array) -> Array:
+def _ratio(a: float | Array, b: Array) -> Array:
   """`a / b`; 0 where b is zero."""
   return jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))
 
