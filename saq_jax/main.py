@@ -84,7 +84,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[ExperimentConfig, str, str | N
     name = flag.removeprefix('--')
     if name == flag or not (name in ('config', 'workdir') or name.startswith('config.')):
       raise UsageError(f'{flag!r} is not a flag of this program; see --help.')
-    if not equals and not rest:
+    if not equals and (not rest or rest[0].startswith('--')):
       raise UsageError(f'{flag} needs a value: {flag}=VALUE.')
     given[name] = text if equals else rest.pop(0)
   path, workdir = given.pop('config', None), given.pop('workdir', None)

@@ -22,7 +22,7 @@ from jax import Array
 
 from saq_jax import _axes as axes
 from saq_jax import _checks as checks
-from saq_jax._paths import PyTree, is_quant_scale, map_named
+from saq_jax._paths import PyTree, is_quant_scale, leaf_names, map_named
 
 Mask = Callable[[str], bool] | PyTree
 Quantize = Callable[[PyTree], PyTree]
@@ -317,11 +317,18 @@ def mask_tree(mask: Mask | None, params: PyTree) -> PyTree:
     A tree of bools like params.
 
   Raises:
-    ValueError: if a tree of bools has another structure.
+    ValueError: if a tree of bools has another structure, or no leaf is chosen.
   """
   if mask is None:
     mask = perturbed_by_default
   if callable(mask):
-    return map_named(lambda path, _: bool(mask(path)), params)
-  checks.require_same_structure('saq(mask=...)', mask, params, 'give one bool a leaf of params')
-  return jax.tree.map(bool, mask)
+    chosen = map_named(lambda path, _: bool(mask(path)), params)
+  else:
+    checks.require_same_structure('saq(mask=...)', mask, params, 'give one bool a leaf of params')
+    chosen = jax.tree.map(bool, mask)
+  if not any(jax.tree.leaves(chosen)):
+    raise ValueError(
+      'saq(mask=...) chooses no leaf, so nothing would be perturbed. The paths are '
+      f'{", ".join(leaf_names(params)[:4])}, ...'
+    )
+  return chosen

@@ -92,8 +92,10 @@ class WeightQuantizer:
       leaf whose entries are all 1/sqrt(fan_in) (ours), so that its weights can grow into it.
 
     Raises:
-      ValueError: as `assign`.
+      ValueError: as `assign`, or if `model_params` came from `init`.
     """
+    if isinstance(model_params, dict) and set(model_params) == {'model', 'scales'}:
+      raise ValueError("these params have their scales already: init takes the model's own.")
     leaves = named_leaves(model_params)
     scales = {}
     for path, quantizer in self.assign(model_params).items():
@@ -166,7 +168,7 @@ def weight_quantizer(rules: Sequence[QuantRule]) -> WeightQuantizer:
     quantizes, structure in, same structure out, which is what `saq(quantize)` takes.
 
   Raises:
-    ValueError: if there is no rule.
+    ValueError: if there is no rule, or something else in the list.
 
   Example:
     >>> import jax.numpy as jnp
@@ -178,9 +180,9 @@ def weight_quantizer(rules: Sequence[QuantRule]) -> WeightQuantizer:
     >>> quantize(params)['model']['kernel']
     Array([-0.5,  0. ,  0. ,  0.5], dtype=float32)
   """
-  rules = tuple(rules)
-  if not rules:
-    raise ValueError('weight_quantizer needs at least one QuantRule.')
+  rules = (rules,) if isinstance(rules, QuantRule) else tuple(rules)
+  if not rules or not all(isinstance(rule, QuantRule) for rule in rules):
+    raise ValueError(f'weight_quantizer needs a list of one or more QuantRule, not {rules!r}.')
   return WeightQuantizer(rules)
 
 

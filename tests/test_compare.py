@@ -245,7 +245,7 @@ def test_report(config, finished, capsys):
   assert len(value['runs']) == 8
   assert value['summary']['case2']['rho'] == found.chosen['case2'].rho
   report = (directory / 'comparison.md').read_text()
-  assert 'no difference is shown' in report
+  assert 'counts as shown where p is below 0.01' in report
   assert '![' in report
   assert (directory / 'comparison.png').read_bytes().startswith(b'\x89PNG')
 

@@ -47,6 +47,7 @@ def test_help_fits_on_a_screen(capsys):
     ('--bogus', ["'--bogus'", '--help']),
     ('nonsense', ["'nonsense'"]),
     ('--config', ['--config=VALUE']),
+    ('--config.saq.rho', ['--config.saq.rho needs a value']),
     ('--config=nowhere.py', ['nowhere.py', 'no such file']),
     ('--config.saq.roh=0.1', ['config.saq.roh', 'Did you mean config.saq.rho?']),
     ('--config.nothing=1', ['config.nothing', 'quant']),
@@ -173,6 +174,13 @@ def test_workdir_with_another_config_is_refused(capsys, tmp_path):
 def test_workdir_of_a_run_under_way_is_refused(capsys, tmp_path):
   with claim(tmp_path / 'run', settings_of(), 'any'):
     assert 'is in use' in refused(capsys, f'--workdir={tmp_path / "run"}')
+
+
+def test_a_refused_run_leaves_the_mark_of_the_one_under_way(capsys, tmp_path):
+  with claim(tmp_path / 'run', settings_of(), 'any'):
+    before = (tmp_path / 'run' / 'config.json').read_bytes()
+    refused(capsys, f'--workdir={tmp_path / "run"}', '--config.seed=2')
+    assert (tmp_path / 'run' / 'config.json').read_bytes() == before
 
 
 def test_a_mark_half_written_by_a_kill_is_no_foreign_file(tmp_path):

@@ -294,12 +294,12 @@ def test_a_mask_of_everything_counts_the_scales_too(case):
   close(state.grad_norm, want['norm'])
 
 
-@every_case
-def test_a_mask_of_nothing_is_qat(case):
-  quantizer = Smooth()
-  out, state, _ = one_step(saq(quantizer.fn, RHO, case=case, mask=lambda _: False), quantizer, V)
-  close(flat(out), closed_form(quantizer, V, case)['clean'])
-  assert float(state.grad_norm) == 0
+def test_a_mask_of_nothing_is_an_error_that_names_paths():
+  params = {'stem': {'kernel': jnp.ones(3)}}
+  for nothing in (lambda path: path.endswith('kernle'), {'stem': {'kernel': False}}):
+    tx = saq(lambda p: p, RHO, mask=nothing)
+    with pytest.raises(ValueError, match=r'chooses no leaf.* stem/kernel'):
+      tx.update(params, tx.init(params), params, grad_fn=lambda z: z)
 
 
 # Schedules, aux, and what a step costs.

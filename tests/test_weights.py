@@ -267,7 +267,7 @@ def test_malformed_rules_are_refused():
   for other in (LSQ, 4, None):
     with pytest.raises(TypeError, match='must be a quantizer'):
       QuantRule('stem', other)
-  with pytest.raises(ValueError, match='at least one'):
+  with pytest.raises(ValueError, match='one or more QuantRule, not'):
     weight_quantizer([])
 
 
@@ -297,3 +297,13 @@ def test_two_leaves_of_one_name_are_refused():
   tree = {'a/b': jnp.array([100.0]), 'a': {'b': jnp.array([0.01])}}
   with pytest.raises(ValueError, match="two leaves of the tree are called 'a/b'"):
     weight_quantizer([QuantRule('a/b', LSQ(bits=4))]).init(tree)
+
+
+def test_init_twice_and_what_is_no_rule_are_refused():
+  quantize = weight_quantizer([QuantRule('.*w', LSQ(bits=4))])
+  with pytest.raises(ValueError, match='have their scales already'):
+    quantize.init(quantize.init({'w': jnp.ones(3)}))
+  with pytest.raises(ValueError, match='one or more QuantRule, not'):
+    weight_quantizer([('w', LSQ(bits=4))])
+  rule = QuantRule('w', LSQ(bits=4))
+  assert weight_quantizer(rule) == weight_quantizer([rule])

@@ -54,10 +54,10 @@ def run_comparison(config: ExperimentConfig, name: str, directory: Path, stop: S
     ConfigError, PreemptedError, DivergedError: as `compare`.
   """
   comparison = compare(config, directory, stop)
+  paths = write_comparison(comparison, directory, f'{name}: QAT and cases 1 to 3')
   console = Console(width=None if Console().is_terminal else 100)
   for table in comparison_tables(comparison):
     console.print(table)
-  paths = write_comparison(comparison, directory, f'{name}: QAT and cases 1 to 3')
   for path in paths.values():
     print(path)
 
@@ -240,11 +240,12 @@ def _gather(config: ExperimentConfig, jobs: list[_Job], directory: Path) -> Comp
   chosen = {}
   for method, radii in parts.items():
     try:
-      best = choose_rho({rho: runs.validation for rho, runs in radii.items()})
+      best = choose_rho({rho: runs.validation for rho, runs in radii.items() if runs.finite})
     except ValueError:
+      radii_too = ' or the radii in compare.rhos' if method in CASES else ''
       raise DivergedError(
-        f'{method}: a loss is not finite at every radius tried. Lower the learning rate or the '
-        'radii in compare.rhos, or set clip_norm, and start in another --workdir.'
+        f'{method}: a loss is not finite, whatever was tried. Lower the learning rate{radii_too}, '
+        'or set clip_norm, and start in another --workdir.'
       ) from None
     chosen[method] = radii[best]
   return Comparison(

@@ -38,7 +38,7 @@ def save_plot(comparison: Comparison, path: Path) -> None:
     accuracy.set(title=f'Test accuracy, {seeds} seeds', xlabel='%')
     sharpness.set(
       title='Sharpness (less is flatter)',
-      xlabel=f'rise of the training loss within rho = {comparison.sharpness_rho:g}',
+      xlabel=f'change of the training loss after one step of {comparison.sharpness_rho:g}',
     )
     accuracy.set_yticks(list(_ROWS.values()), [_name(comparison, method) for method in METHODS])
     for axes in (accuracy, difference, sharpness):

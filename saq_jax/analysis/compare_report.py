@@ -102,9 +102,11 @@ def _method_row(comparison: Comparison, runs: Runs) -> list[str]:
   """One method: its means and intervals."""
   flatter = ''
   if runs.method in METHODS[1:]:
-    of_qat = comparison.interval('qat', 'sharpness').mean
-    ratio = of_qat / mean_interval(runs.sharpness).mean
-    flatter = f'{ratio:.2f}x flatter' if ratio >= 1 else f'{1 / ratio:.2f}x sharper'
+    to_qat = next(d for d in comparison.differences('sharpness') if d.first == runs.method)
+    ours, theirs = (comparison.interval(m, 'sharpness').mean for m in (runs.method, 'qat'))
+    flatter = to_qat.finding
+    if to_qat.shown and min(ours, theirs) > 0:
+      flatter = f'{max(ours, theirs) / min(ours, theirs):.2f}x {flatter}'
   floating = runs.method == 'float'
   return [
     LABELS[runs.method],
@@ -162,12 +164,12 @@ def _how_to_read(comparison: Comparison) -> str:
     f'Each of the {len(comparison.floating.seeds)} seeds has its own weights, order of examples '
     'and augmentation, the same for all methods, and all methods start from its float weights. '
     "Intervals are Student's at 95 % over the seeds: they hold for other seeds on these same "
-    'data, not for other data. Differences are taken seed by seed; where the interval includes '
-    'zero, no difference is shown. p is of the paired t-test and not corrected: with '
-    f'{pairs} pairs, hold it against {0.05 / pairs:.2g} for 5 % in all. The radius of each case '
+    'data, not for other data. Differences are taken seed by seed; p is of the '
+    f'paired t-test. A difference counts as shown where p is below {0.05 / pairs:.2g}: 5 % over '
+    f'the {pairs} pairs of a table. Intervals are not widened for that. The radius of each case '
     'was chosen by the validation split; the test split had no part in it. All methods take the '
     'same number of steps; a step of a case costs two gradients, one of QAT costs one. Sharpness '
-    'is the rise of the mean training loss, in evaluation mode and without augmentation, after '
+    'is the change of the mean training loss, in evaluation mode and without augmentation, after '
     f'one ascent step of length {comparison.sharpness_rho:g} from the quantized weights, the '
     'same for all; with straight-through gradients that step need not ascend.'
   )

@@ -65,6 +65,11 @@ class Runs:
   train_loss: tuple[float, ...]
   sharpness: tuple[float, ...]
 
+  @property
+  def finite(self) -> bool:
+    """Whether every training loss and sharpness is finite."""
+    return all(map(math.isfinite, self.train_loss + self.sharpness))
+
   @classmethod
   def from_json(cls, value: Mapping[str, Any]) -> 'Runs':
     """Reads what `dataclasses.asdict` gave, after JSON.
@@ -124,9 +129,14 @@ class Difference:
   paired: Paired
 
   @property
+  def shown(self) -> bool:
+    """Whether p is below 5 % in all: Bonferroni's, over the pairs compared in one figure."""
+    return self.paired.p < 0.05 / len(PAIRS)
+
+  @property
   def finding(self) -> str:
-    """What is shown of the first method, in words."""
-    if not self.paired.shown:
+    """What is shown of the first method, in words: p below 0.05 over the number of pairs."""
+    if not self.shown:
       return 'no difference shown'
     above = self.paired.difference.mean > 0
     if self.figure == 'accuracy':

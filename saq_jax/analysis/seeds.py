@@ -159,7 +159,10 @@ class SeedScorer:
     return sharpness(value_and_grad_fn, z, self._train, self._rho)
 
   def _loss(self, z: PyTree, batch_stats: PyTree, batch: Batch) -> tuple[Array, Array]:
-    sums = self._eval(z, batch_stats, batch)
+    # In float32: in bfloat16 most of the perturbation would be rounded away.
+    model = self._stage.network.model.clone(dtype=None)
+    network = dataclasses.replace(self._stage.network, model=model)
+    sums = eval_step(z, batch_stats, batch, network=network, config=self._stage.step)
     return sums['loss'], sums['count']
 
   def _eval(self, z: PyTree, batch_stats: PyTree, batch: Batch) -> dict[str, Array]:

@@ -11,11 +11,10 @@ from jax import Array
 from saq_jax._paths import PyTree, is_quant_scale
 from saq_jax.training.checkpoint import find_checkpoint, restore_subtrees
 from saq_jax.training.config import ConfigError, QuantConfig
-from saq_jax.training.workdir import MARK, write_json
+from saq_jax.training.workdir import MARK, PIN, write_json
 
 Weights = tuple[PyTree, PyTree, dict[str, Array]]
 
-PIN = 'init_from.json'
 _LEVELS_UP = 4
 
 
@@ -47,7 +46,8 @@ def given_weights(init_from: str, quant: QuantConfig, workdir: Path) -> Weights:
     raise ConfigError(f'config.init_from: {error}.') from error
   model, scales = params['model'], params['scales']
   words = ''
-  if scales and not _quantized_alike(Path(path), quant):
+  learnt = bool(scales) or any(map(is_quant_scale, traverse_util.flatten_dict(model, sep='/')))
+  if learnt and not _quantized_alike(Path(path), quant):
     model, scales = _without_scales(model), {}
     words = '; its scales are found anew, for it is quantized otherwise'
   print(f'weights from {path}{words}', flush=True)

@@ -15,7 +15,8 @@ from saq_jax.training.config import ConfigError
 MARK = 'config.json'
 VERSION_KEY = 'saq_jax'
 LOCK = '.lock'
-OURS = (LOCK, f'.{MARK}.')
+PIN = 'init_from.json'
+_PARTS = (LOCK, f'.{MARK}.', f'.{PIN}.')
 
 
 class WorkdirError(ValueError):
@@ -51,8 +52,10 @@ def claim(
   """
   folder = Path(directory)
   made = not folder.exists()
-  _mark(folder, settings, version)
+  _examine(folder, settings)
   with _locked(folder):
+    if not _examine(folder, settings):
+      write_json(folder / MARK, {VERSION_KEY: version, 'config': settings})
     try:
       yield folder
     except ConfigError:
@@ -60,33 +63,39 @@ def claim(
       raise
 
 
-def _mark(folder: Path, settings: dict[str, Any], version: str) -> None:
-  """Writes the mark into a new directory, or finds the same one there."""
+def _examine(folder: Path, settings: dict[str, Any]) -> bool:
+  """Makes the directory where missing, and tells whether it bears the mark of these settings."""
   mark = folder / MARK
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if mark.exists():
       _require_same(folder, json.loads(mark.read_text(encoding='utf-8')), settings)
-    elif any(not path.name.startswith(OURS) for path in folder.iterdir()):
+      return True
+    if any(not path.name.startswith(_PARTS) for path in folder.iterdir()):
       raise WorkdirError(
         f'{folder} holds files that are not a run of this package: name another --workdir.'
       )
-    else:
-      write_json(mark, {VERSION_KEY: version, 'config': settings})
+    if not os.access(folder, os.W_OK):
+      raise WorkdirError(f'{folder} is not writable: name another --workdir.')
+    return False
   except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
     raise WorkdirError(f'{mark} is not of this package: name another --workdir.') from None
   except OSError as error:
     raise WorkdirError(
       f'{folder} cannot be used ({error.strerror or error}): name a --workdir that is writable.'
     ) from None
-  if not os.access(folder, os.W_OK):
-    raise WorkdirError(f'{folder} is not writable: name another --workdir.')
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
   """Keeps other processes out until the end of this one, however it ends."""
-  with (folder / LOCK).open('w', encoding='utf-8') as lock:
+  try:
+    file = (folder / LOCK).open('w', encoding='utf-8')
+  except OSError as error:
+    raise WorkdirError(
+      f'{folder} cannot be used ({error.strerror or error}): name a --workdir that is writable.'
+    ) from None
+  with file as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -102,7 +111,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _let_go(folder: Path, made: bool) -> None:
   """Takes the mark away again, if nothing else was written yet."""
   files = [path for path in folder.rglob('*') if path.is_file()]
-  if all(path.parent == folder and path.name in (MARK, LOCK) for path in files):
+  if all(path.parent == folder and path.name in (MARK, LOCK, PIN) for path in files):
     for path in folder.iterdir():
       if path.is_dir():
         shutil.rmtree(path)
