@@ -29,7 +29,10 @@ FIRST = 'layer1_0/conv1/input/quant_scale'
 def weights():
   """Parameters and statistics of a float network, none of them as a fresh one has them."""
   start = jax.eval_shape(functools.partial(new_state, FLOAT, TX, 0), IMAGES)
-  draw = lambda s: jnp.asarray(RNG.normal(size=s.shape), jnp.float32)  # noqa: E731
+
+  def draw(s):
+    return jnp.asarray(RNG.normal(size=s.shape), jnp.float32)
+
   return jax.tree.map(draw, start.params['model']), jax.tree.map(draw, start.batch_stats)
 
 

@@ -507,7 +507,10 @@ def test_update_refuses_a_mask_of_another_structure():
 )
 def test_a_grad_fn_that_returns_something_else_is_an_error(has_aux, make, message):
   params = {'w': jnp.ones(3)}
-  loss = lambda z: jnp.sum(z['w'] ** 2)  # noqa: E731
+
+  def loss(z):
+    return jnp.sum(z['w'] ** 2)
+
   tx = saq(lambda p: p, 0.1, has_aux=has_aux)
   with pytest.raises(ValueError, match=message):
     tx.update(jax.grad(loss)(params), tx.init(params), params, grad_fn=make(loss))

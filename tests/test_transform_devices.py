@@ -253,7 +253,10 @@ def test_a_gradient_that_is_summed_already_is_an_error(make, axis_name, varying)
 
 def test_several_steps_stay_the_same_on_all_devices():
   """The state and the parameters that come out go in again, and a schedule advances."""
-  schedule = lambda count: 0.2 * (count + 1)  # noqa: E731
+
+  def schedule(count):
+    return 0.2 * (count + 1)
+
   one, tx = saq(quantize, schedule), saq(quantize, schedule, axis_name='data')
   fns = jax.jit(functools.partial(step, one)), mapped(tx)
   ends = []

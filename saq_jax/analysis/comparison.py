@@ -54,7 +54,7 @@ class Runs:
     validation: on the split that the radius is chosen on.
     test: on the split of the final figures.
     train_loss: over the training split in evaluation mode, without augmentation.
-    sharpness: the rise of `train_loss` within the comparison's radius.
+    sharpness: the change of `train_loss` after one ascent step of the comparison's length.
   """
 
   method: str

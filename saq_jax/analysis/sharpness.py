@@ -1,4 +1,4 @@
-"""Sharpness: how far the loss of a quantized network rises within reach of one ascent step."""
+"""Sharpness: how the loss of a quantized network changes after one gradient step uphill."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -158,6 +158,8 @@ class StageConfig:
 class CompareConfig:
   """A comparison of QAT and cases 1 to 3 over many seeds; off unless `seeds` is positive.
 
+  It trains QAT and cases 1 to 3: `methods`, `saq.case` and `saq.rho` have no part in it.
+
   Attributes:
     seeds: runs a method, at least 2; seed s is a run with the experiment's seed + s. 0: train
       one network a method instead.
