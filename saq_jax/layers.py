@@ -83,7 +83,11 @@ class Dense(nn.Dense):
 
   Attributes:
     input_quantizer: the quantizer of the input; None leaves it as it is. Its scale is the
-      parameter 'input/quant_scale'. All other fields are those of `flax.linen.Dense`.
+      parameter 'input/quant_scale'.
+    input_is_quantized: the input comes out of an `ActQuant` that several layers share, as
+      attention's q, k and v do. Nothing is quantized again then and no scale is made;
+      `input_quantizer` only says with what it was, for the cost. All other fields are those of
+      `flax.linen.Dense`.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -94,10 +98,13 @@ class Dense(nn.Dense):
   """
 
   input_quantizer: Quantizer | None = None
+  input_is_quantized: bool = False
 
   @nn.compact
   def __call__(self, inputs: Array) -> Array:
     """Multiplies a batch [..., features]."""
+    if self.input_is_quantized:
+      return super().__call__(inputs)
     return super().__call__(_quantized(self.input_quantizer, inputs, 'input'))
 
 

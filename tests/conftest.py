@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# Scripts that make records; they need PyTorch.
+collect_ignore_glob = ['make_*.py']
+
 _CACHE = Path(os.environ.get('SAQ_TEST_CACHE', Path(tempfile.gettempdir()) / 'saq_jax_test_cache'))
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')

@@ -11,7 +11,9 @@ import pytest
 from saq_jax import LIQ, LSQ, DoReFa, QuantRule, weight_quantizer
 from saq_jax.analysis.cost import ModelSize, ProductCost, model_size, product_costs
 from saq_jax.layers import Conv, Dense, Einsum
+from saq_jax.models.mobilenetv2 import MobileNetV2, MobileNetV2Cifar
 from saq_jax.models.preresnet import PreResNet
+from saq_jax.models.resnet import ResNet
 
 
 class TinyNet(nn.Module):
@@ -47,6 +49,13 @@ def rules(ends, bits):
   )
 
 
+def quantized(family, classes, bits):
+  """A network of LIQ quantizers between 8-bit ends, and the quantizer of its weights."""
+  act, last_act = LIQ(bits=bits, signed=False), LIQ(bits=8, signed=False)
+  model = family(num_classes=classes, act=act, last_act=last_act)
+  return model, rules(f'({model.first_kernel}|{model.last_kernel})', bits)
+
+
 def bops(*args, **kwargs):
   return sum(cost.bops for cost in product_costs(*args, **kwargs))
 
@@ -63,6 +72,49 @@ def test_preresnet20_costs_what_the_paper_says(bits, published, exact):
   total = bops(preresnet20(bits), (32, 32, 3), rules('(conv|fc)/kernel', bits))
   assert total == exact
   assert round(total / 1e6, 1) == published
+
+
+# From the tables of ziplab/SAQ.
+@pytest.mark.parametrize(
+  ('family', 'size', 'classes', 'bits', 'unit', 'published', 'exact'),
+  [
+    (MobileNetV2Cifar, 32, 100, 4, 1e6, 1508.9, 1508933632),
+    (MobileNetV2Cifar, 32, 100, 3, 1e6, 877.1, 877131776),
+    (ResNet, 224, 1000, 4, 1e9, 34.7, 34714419200),
+    (ResNet, 224, 1000, 2, 1e9, 14.4, 14367850496),
+  ],
+)
+def test_larger_networks_cost_what_the_paper_says(
+  family, size, classes, bits, unit, published, exact
+):
+  model, quantize = quantized(family, classes, bits)
+  total = bops(model, (size, size, 3), quantize)
+  assert total == exact
+  assert round(total / unit, 1) == published
+
+
+def test_mobilenetv2_costs_what_it_does_by_hand():
+  """The table says 5.3G: 5.394G cut off, or 5.312G without the last layer.
+
+  Its other figures are rounded, and the last layer counts in them.
+  """
+  model, quantize = quantized(MobileNetV2, 1000, 4)
+  costs = product_costs(model, (224, 224, 3), quantize)
+  # Expansion, depthwise and reduction of each block, from the paper's table 2.
+  macs, c_in, side = [], 32, 112
+  stages = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1)]
+  for t, c, n, s in [*stages, (6, 160, 3, 2), (6, 320, 1, 1)]:
+    for i in range(n):
+      macs += [c_in * t * c_in * side**2] if t > 1 else []
+      side //= s if i == 0 else 1
+      macs += [9 * t * c_in * side**2, t * c_in * c * side**2]
+      c_in = c
+  macs += [320 * 1280 * side**2]
+  ends = [9 * 3 * 32 * 112**2, 1280 * 1000]
+  assert [cost.macs for cost in costs] == [ends[0], *macs, ends[1]]
+  total = sum(cost.bops for cost in costs)
+  assert total == 16 * sum(macs) + 64 * sum(ends) == 5394053120
+  assert math.floor(total / 1e8) / 10 == round((total - costs[-1].bops) / 1e9, 1) == 5.3
 
 
 def test_full_precision_counts_32_bits_on_both_sides():

@@ -3,6 +3,7 @@
 Paths are theirs: 'conv', 'layer1_0/bn1', 'layer1_0/conv1', 'layer2_0/downsample', 'bn', 'fc'.
 """
 
+import dataclasses
 import functools
 from typing import Any, ClassVar
 
@@ -24,6 +25,8 @@ class PreResNetBlock(nn.Module):
     strides: of the first convolution and of the shortcut.
     first_of_stage: the shortcut then starts after the first norm and ReLU ("half preactivation").
     act: the quantizer of the inputs of all convolutions, or None.
+    train: whether norms use the batch's statistics.
+    norm_eps: added to the variance in the norms.
     dtype: of the computation.
   """
 
@@ -31,13 +34,19 @@ class PreResNetBlock(nn.Module):
   strides: int
   first_of_stage: bool
   act: Quantizer | None
+  train: bool
+  norm_eps: float
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: Array, *, train: bool) -> Array:
+  def __call__(self, x: Array) -> Array:
     """Maps [B, H, W, C] to [B, H/strides, W/strides, features]."""
     norm = functools.partial(
-      BatchNorm, use_running_average=not train, dtype=self.dtype, momentum=0.9
+      BatchNorm,
+      use_running_average=not self.train,
+      epsilon=self.norm_eps,
+      dtype=self.dtype,
+      momentum=0.9,
     )
     conv = functools.partial(
       Conv,
@@ -60,8 +69,7 @@ class PreResNetBlock(nn.Module):
 class PreResNet(nn.Module):
   """PreResNet-20, 32, 44, 56, 110 and smaller ones: three stages of (depth - 2) / 6 blocks.
 
-  The input of the first convolution is not quantized. Weights are quantized from outside, by
-  rules over the paths, for which the class names its ends.
+  Weights are quantized from outside, by rules over the paths, for which the class names its ends.
 
   Attributes:
     num_classes: outputs.
@@ -69,6 +77,9 @@ class PreResNet(nn.Module):
     width: channels of the first stage; the next ones have twice and four times as many.
     act: the quantizer of the convolutions' inputs (what follows a ReLU: unsigned), or None.
     last_act: the quantizer of the last layer's input, or None.
+    first_act: the quantizer of the images, made signed; None leaves them, as the authors do.
+    norm_eps: added to the variance in every norm.
+    remat: compute each block again in the backward pass instead of keeping its activations.
     dtype: of the computation; None follows the parameters.
 
   Raises:
@@ -90,6 +101,9 @@ class PreResNet(nn.Module):
   width: int = 16
   act: Quantizer | None = None
   last_act: Quantizer | None = None
+  first_act: Quantizer | None = None
+  norm_eps: float = 1e-5
+  remat: bool = False
   dtype: Any = None
 
   @nn.compact
@@ -104,19 +118,29 @@ class PreResNet(nn.Module):
       use_bias=False,
       dtype=self.dtype,
       kernel_init=_fan_out,
+      input_quantizer=self.first_act and dataclasses.replace(self.first_act, signed=True),
       name='conv',
     )(x)
+    block = nn.remat(PreResNetBlock) if self.remat else PreResNetBlock
     for stage in range(3):
       for i in range((self.depth - 2) // 6):
         first = i == 0
-        x = PreResNetBlock(
+        x = block(
           features=self.width * 2**stage,
           strides=2 if first and stage > 0 else 1,
           first_of_stage=first,
           act=self.act,
+          train=train,
+          norm_eps=self.norm_eps,
           dtype=self.dtype,
           name=f'layer{stage + 1}_{i}',
-        )(x, train=train)
-    x = BatchNorm(use_running_average=not train, dtype=self.dtype, momentum=0.9, name='bn')(x)
-    x = jnp.mean(nn.relu(x), axis=(1, 2))
+        )(x)
+    norm = BatchNorm(
+      use_running_average=not train,
+      epsilon=self.norm_eps,
+      dtype=self.dtype,
+      momentum=0.9,
+      name='bn',
+    )
+    x = jnp.mean(nn.relu(norm(x)), axis=(1, 2))
     return Dense(self.num_classes, dtype=self.dtype, input_quantizer=self.last_act, name='fc')(x)
