@@ -16,7 +16,9 @@ LEVELS = [
   ['_quantizer', '_axes', '_checks'],
   ['quantizers'],
   ['weights', 'transform', 'layers'],
+  ['attention'],
   ['models'],
+  ['pretrained'],
   ['data'],
   ['training'],
   ['analysis'],
@@ -37,7 +39,9 @@ ALLOWED = {
   'weights': {'jax'},
   'transform': {'jax', 'optax'},
   'layers': {'jax', 'flax'},
-  'models': {'jax', 'flax'},
+  'attention': {'jax', 'flax'},
+  'models': {'jax', 'flax', 'numpy'},
+  'pretrained': {'jax', 'flax', 'numpy', 'safetensors', 'torch', 'huggingface_hub'},
   'data': {'jax', 'numpy', 'tensorflow_datasets', 'grain', 'sklearn', 'absl', 'PIL'},
 }
 MODULES = sorted(PACKAGE.rglob('*.py'))
@@ -106,7 +110,8 @@ import sys
 for name in ('tensorflow_datasets', 'grain', 'matplotlib', 'sklearn', 'PIL'):
   sys.modules[name] = None
 import jax, jax.numpy as jnp, optax
-from saq_jax.training.build import build_network, build_optimizer, build_slot
+from saq_jax.training.build import build_optimizer, build_slot
+from saq_jax.training.network import build_network
 from saq_jax.training.config import ModelConfig, QuantConfig, SAQConfig, StageConfig
 from saq_jax.training.state import new_state
 from saq_jax.training.step import StepConfig, train_step
