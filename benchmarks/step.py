@@ -20,8 +20,9 @@ import jax
 import numpy as np
 import optax
 
-from saq_jax.training.build import FLOATING, build_network, build_optimizer, build_slot
+from saq_jax.training.build import build_optimizer, build_slot
 from saq_jax.training.config import ModelConfig, QuantConfig, SAQConfig, StageConfig
+from saq_jax.training.network import FLOATING, build_network
 from saq_jax.training.state import TrainState, new_state
 from saq_jax.training.step import StepConfig, train_step
 

@@ -1,6 +1,7 @@
 """Names of the leaves of a parameter tree, as rules and masks see them."""
 
 import collections
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -57,3 +58,15 @@ def is_quant_scale(path: str) -> bool:
   """
   names = path.split('/')
   return names[0] == 'scales' or names[-1] == ACT_SCALE
+
+
+def is_norm(path: str) -> bool:
+  """Whether a leaf is the scale or the bias of a norm: of a module called 'bn2', 'norm', ..."""
+  names = path.split('/')
+  return len(names) > 1 and re.fullmatch(r'(.*_)?(bn|norm)\d*', names[-2]) is not None
+
+
+def is_embedding(path: str) -> bool:
+  """Whether a leaf is a token, a position embedding or a table of relative positions."""
+  last = path.split('/')[-1]
+  return last.endswith(('_token', '_embed')) or last == 'relative_bias'

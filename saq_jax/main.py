@@ -3,18 +3,13 @@
 import hashlib
 import json
 import os
-import runpy
 import sys
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from ml_collections import config_dict
 
 from saq_jax._version import __version__
 from saq_jax.training.config import ConfigError, ExperimentConfig
-from saq_jax.training.parsing import default_config, parse, to_json
+from saq_jax.training.flags import UsageError, read_flags
+from saq_jax.training.parsing import to_json
 from saq_jax.training.workdir import WorkdirError, claim
 
 HELP = """\
@@ -40,10 +35,6 @@ Exit codes: 0 done, or stopped by a signal and saved; 1 diverged or a failing di
 """
 
 
-class UsageError(ValueError):
-  """A command line that cannot be run; the message says what to change."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line.
 
@@ -62,53 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run(config, name, workdir)
   except (UsageError, ConfigError, WorkdirError) as error:
     return _fail(error, 2)
-
-
-def read_flags(arguments: Sequence[str]) -> tuple[ExperimentConfig, str, str | None]:
-  """Reads the arguments.
-
-  Args:
-    arguments: those after the program's name.
-
-  Returns:
-    The experiment, its name, and the work directory if one was given.
-
-  Raises:
-    UsageError: for an unknown flag or argument, or a config file that is not there or fails.
-    ConfigError: for an unknown key, a wrong type or an impossible value.
-  """
-  given: dict[str, str] = {}
-  rest = list(arguments)
-  while rest:
-    flag, equals, text = rest.pop(0).partition('=')
-    name = flag.removeprefix('--')
-    if name == flag or not (name in ('config', 'workdir') or name.startswith('config.')):
-      raise UsageError(f'{flag!r} is not a flag of this program; see --help.')
-    if not equals and (not rest or rest[0].startswith('--')):
-      raise UsageError(f'{flag} needs a value: {flag}=VALUE.')
-    given[name] = text if equals else rest.pop(0)
-  path, workdir = given.pop('config', None), given.pop('workdir', None)
-  config = default_config() if path is None else _read_config(Path(path))
-  overrides = {name.removeprefix('config.'): text for name, text in given.items()}
-  return parse(config, overrides), 'digits_4bit' if path is None else Path(path).stem, workdir
-
-
-def _read_config(path: Path) -> config_dict.ConfigDict:
-  """Runs a config file's get_config()."""
-  if not path.is_file():
-    raise UsageError(f'--config={path}: there is no such file.')
-  try:
-    get_config = runpy.run_path(str(path)).get('get_config')
-    config = None if get_config is None else get_config()
-  except Exception as error:  # a config file is code: anything may come out of it
-    frames = traceback.extract_tb(error.__traceback__)
-    where: Any = next((f.lineno for f in reversed(frames) if f.filename == str(path)), None)
-    where = where or getattr(error, 'lineno', None) or '?'
-    what = _first_line(error).split(' Other fields present')[0].lstrip('"\'')
-    raise UsageError(f'--config={path}, line {where}: {type(error).__name__}: {what}') from error
-  if not isinstance(config, config_dict.ConfigDict):
-    raise UsageError(f'--config={path}: it must define a get_config() that returns a ConfigDict.')
-  return config
 
 
 def _run(config: ExperimentConfig, name: str, workdir: str | None) -> int:
@@ -135,11 +79,6 @@ def _default_workdir(name: str, settings: object) -> str:
   """runs/NAME-HASH: the same settings find their run again, others get a directory of their own."""
   digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
   return os.path.join('runs', f'{name}-{digest[:8]}')
-
-
-def _first_line(error: BaseException) -> str:
-  """An exception as one line."""
-  return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _fail(error: BaseException, code: int) -> int:

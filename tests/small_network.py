@@ -8,8 +8,9 @@ import optax
 
 from saq_jax import LIQ, QuantRule, weight_quantizer
 from saq_jax.layers import BatchNorm, Conv, Dense
-from saq_jax.training.build import Network, build_optimizer, build_slot
+from saq_jax.training.build import build_optimizer, build_slot
 from saq_jax.training.config import SAQConfig, StageConfig
+from saq_jax.training.network import Network
 from saq_jax.training.state import new_state
 from saq_jax.training.step import StepConfig
 

@@ -4,7 +4,8 @@ import grain
 import numpy as np
 import pytest
 
-from saq_jax.data.source import Examples, eval_batches, train_source
+from saq_jax.data.datasets import Examples
+from saq_jax.data.source import eval_batches, train_source
 
 _COUNT = 23
 

@@ -13,15 +13,9 @@ import pytest
 
 from saq_jax import LIQ, LSQ, PACT, DoReFa, QuantRule, saq, weight_quantizer
 from saq_jax._paths import named_leaves
-from saq_jax.training.build import (
-  FLOATING,
-  Network,
-  build_network,
-  build_optimizer,
-  build_slot,
-  total_steps,
-)
+from saq_jax.training.build import build_optimizer, build_slot, total_steps
 from saq_jax.training.config import ModelConfig, QuantConfig, SAQConfig, StageConfig
+from saq_jax.training.network import FLOATING, Network, build_network
 
 SMALL = ModelConfig(depth=8, width=4)
 BITS = QuantConfig(bits=3, act_bits=4, first_bits=6, last_bits=7)

@@ -14,17 +14,17 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from saq_jax.data import datasets as datasets_lib
 from saq_jax.data import digits as digits_lib
-from saq_jax.data import source as source_lib
+from saq_jax.data.datasets import Examples, load_examples
 from saq_jax.data.digits import Digits, prepare_digits
-from saq_jax.data.source import Examples, load_examples
 
 _ROOT = Path(__file__).resolve().parents[1]
 
 # Reports that it is ready, prepares in each directory it is told, and prints what it read there.
 _PREPARE = """
 import hashlib, sys
-from saq_jax.data.source import load_examples
+from saq_jax.data.datasets import load_examples
 print('ready', flush=True)
 for line in sys.stdin:
   images = load_examples('digits', 'train', line.strip()).images
@@ -256,5 +256,5 @@ def test_examples_are_checked(images: np.ndarray, labels: np.ndarray, message: s
 
 
 def test_doctests() -> None:
-  for module in (digits_lib, source_lib):
+  for module in (digits_lib, datasets_lib):
     assert doctest.testmod(module).failed == 0

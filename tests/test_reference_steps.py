@@ -10,8 +10,9 @@ import pytest
 import torch_names
 
 from saq_jax._paths import named_leaves
-from saq_jax.training.build import build_network, build_optimizer, build_slot
+from saq_jax.training.build import build_optimizer, build_slot
 from saq_jax.training.config import ModelConfig, QuantConfig, SAQConfig, StageConfig
+from saq_jax.training.network import build_network
 from saq_jax.training.state import TrainState, variables
 from saq_jax.training.step import StepConfig, train_on
 

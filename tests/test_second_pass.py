@@ -17,7 +17,7 @@ from small_network import (
 )
 
 from saq_jax._paths import is_quant_scale, named_leaves
-from saq_jax.training.build import Network
+from saq_jax.training.network import Network
 from saq_jax.training.state import variables
 from saq_jax.training.step import StepConfig, train_on
 

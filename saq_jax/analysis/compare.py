@@ -14,13 +14,13 @@ from rich.console import Console
 from saq_jax.analysis.compare_report import comparison_tables, write_comparison
 from saq_jax.analysis.comparison import CASES, METHODS, Comparison, Runs, Scores
 from saq_jax.analysis.seeds import SeedScorer, SeedTrainer, Weights
-from saq_jax.data.source import Examples, load_examples
+from saq_jax.data.datasets import Dataset
 from saq_jax.training.checkpoint import Checkpoints, restore_subtrees
 from saq_jax.training.config import ConfigError, ExperimentConfig
 from saq_jax.training.loop import DivergedError, PreemptedError
 from saq_jax.training.progress import Progress
 from saq_jax.training.signals import Stop
-from saq_jax.training.stages import load_splits
+from saq_jax.training.stages import load_split, load_splits
 from saq_jax.training.workdir import write_json
 
 
@@ -141,7 +141,7 @@ class _Steps:
   def __init__(
     self,
     config: ExperimentConfig,
-    train: Examples,
+    train: Dataset,
     jobs: list[_Job],
     directory: Path,
     stop: Stop,
@@ -165,7 +165,7 @@ class _Steps:
       )
 
 
-def _splits(config: ExperimentConfig) -> tuple[Examples, Examples, Examples]:
+def _splits(config: ExperimentConfig) -> tuple[Dataset, Dataset, Dataset]:
   """The three splits, after all checks of the settings that need no training."""
   settings, data = config.compare, config.data
   if settings.seeds < 2:
@@ -183,7 +183,7 @@ def _splits(config: ExperimentConfig) -> tuple[Examples, Examples, Examples]:
       f'{data.train_split!r}: make it smaller.'
     )
   try:
-    validation = load_examples(data.name, settings.validation_split, data.data_dir)
+    validation = load_split(data, settings.validation_split)
   except (ValueError, OSError) as error:
     raise ConfigError(f'config.compare.validation_split: {error}') from error
   infos = tfds.builder(data.name, data_dir=data.data_dir).info.splits

@@ -12,7 +12,8 @@ from jax import Array
 from saq_jax._paths import PyTree
 from saq_jax.analysis.comparison import CASES, Scores
 from saq_jax.analysis.sharpness import sharpness
-from saq_jax.data.source import Examples, eval_batches, train_source
+from saq_jax.data.datasets import Dataset
+from saq_jax.data.source import eval_batches, train_source
 from saq_jax.training.config import ExperimentConfig
 from saq_jax.training.loop import Stage
 from saq_jax.training.stages import make_stage
@@ -37,7 +38,7 @@ class SeedTrainer:
   """
 
   def __init__(
-    self, config: ExperimentConfig, train: Examples, on_step: Callable[[float | None], None]
+    self, config: ExperimentConfig, train: Dataset, on_step: Callable[[float | None], None]
   ) -> None:
     self._config, self._train, self._on_step = config, train, on_step
     self._begin: dict[bool, Any] = {}
@@ -116,7 +117,7 @@ class SeedScorer:
   """
 
   def __init__(
-    self, stage: Stage, train: Examples, validation: Examples, test: Examples, rho: float
+    self, stage: Stage, train: Dataset, validation: Dataset, test: Dataset, rho: float
   ) -> None:
     self._stage, self._rho = stage, rho
     self._train, self._validation, self._test = (

@@ -1,67 +1,14 @@
-"""From settings to the objects that train: the network, its weight quantizer, the optimizer."""
+"""From settings to the optax chain: the perturbation and the optimizer."""
 
-import dataclasses
 import functools
 
-import flax.linen as nn
 import jax.numpy as jnp
 import optax
 
-from saq_jax._paths import is_quant_scale, map_named
-from saq_jax.models.preresnet import PreResNet
-from saq_jax.quantizers import LIQ, LSQ, PACT, DoReFa, Quantizer
-from saq_jax.training.config import (
-  ModelConfig,
-  QuantConfig,
-  QuantizerName,
-  SAQConfig,
-  StageConfig,
-)
+from saq_jax._paths import is_embedding, is_norm, is_quant_scale, map_named
+from saq_jax.training.config import SAQConfig, StageConfig
+from saq_jax.training.network import Network
 from saq_jax.transform import qat, saq
-from saq_jax.weights import QuantRule, WeightQuantizer, weight_quantizer
-
-FLOATING = QuantConfig(bits=None, act_bits=None, first_bits=None, last_bits=None)
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-  """A model and the quantizer of its weights; hashable, with no array in it.
-
-  Attributes:
-    model: called as `model.apply(variables, images, train=...)`.
-    quantize: of its parameters; the identity in a full-precision network.
-  """
-
-  model: nn.Module
-  quantize: WeightQuantizer
-
-
-def build_network(model: ModelConfig, quant: QuantConfig, num_classes: int) -> Network:
-  """Makes the network that the settings describe.
-
-  Args:
-    model: family and size.
-    quant: quantizers and bit-widths; `FLOATING` for full precision.
-    num_classes: outputs.
-
-  Returns:
-    The model and its weight quantizer.
-  """
-  family = {'preresnet': PreResNet}[model.name]
-  net = family(
-    num_classes=num_classes,
-    depth=model.depth,
-    width=model.width,
-    act=_quantizer(quant.acts, quant.act_bits, signed=False),
-    last_act=_quantizer(quant.acts, quant.last_bits, signed=False),
-    dtype=jnp.dtype(model.dtype) if model.dtype != 'float32' else None,
-  )
-  rules = [
-    QuantRule(net.first_kernel, _quantizer(quant.weights, quant.first_bits, normalize=True)),
-    QuantRule(net.last_kernel, _quantizer(quant.weights, quant.last_bits)),
-    QuantRule(r'.*/kernel', _quantizer(quant.weights, quant.bits, normalize=True)),
-  ]
-  return Network(net, weight_quantizer(rules))
 
 
 def build_slot(
@@ -82,10 +29,12 @@ def build_slot(
   warmup = round(config.warmup_epochs * steps_per_epoch)
 
   def shifted(path: str) -> bool:
-    if not is_quant_scale(path):
-      return True
-    of_weight = path.startswith('scales/')
-    return config.perturb_weight_scales if of_weight else config.perturb_act_scales
+    if is_quant_scale(path):
+      of_weight = path.startswith('scales/')
+      return config.perturb_weight_scales if of_weight else config.perturb_act_scales
+    if is_norm(path):
+      return config.perturb_norms
+    return config.perturb_embeddings or not is_embedding(path)
 
   return saq(
     network.quantize,
@@ -137,15 +86,6 @@ def total_steps(stage: StageConfig, steps_per_epoch: float) -> int:
     epochs times steps an epoch, rounded, at least 1.
   """
   return max(1, round(stage.epochs * steps_per_epoch))
-
-
-def _quantizer(
-  name: QuantizerName, bits: int | None, *, signed: bool = True, normalize: bool = False
-) -> Quantizer:
-  """A quantizer by its name in a config; only LIQ can normalise."""
-  if name == 'liq':
-    return LIQ(bits=bits, signed=signed, normalize=normalize)
-  return {'lsq': LSQ, 'pact': PACT, 'dorefa': DoReFa}[name](bits=bits, signed=signed)
 
 
 def _schedule(stage: StageConfig, top: float, steps_per_epoch: float) -> optax.Schedule:

@@ -39,6 +39,11 @@ class DataConfig:
     std: of the channels.
     pad_crop: pixels of zero padding before a random crop of the old size; 0 is none.
     flip: random horizontal flips.
+    image_size: side of the square that images are brought to: a random part of the image to train
+      (Inception's crop, `crop_scale`), the centre to evaluate (`resize`). None: as they are stored.
+    resize: the shorter side of an image before its centre is cut out to evaluate.
+    crop_scale: least and largest share of the image's area that a random crop takes.
+    interpolation: 'bilinear' or 'bicubic', of both.
   """
 
   name: str = 'digits'
@@ -51,22 +56,56 @@ class DataConfig:
   std: tuple[float, ...] = _within((0.376,), ABOVE_0)
   pad_crop: int = _within(1, 0, 64)
   flip: bool = False
+  image_size: int | None = _within(None, 1)
+  resize: int = _within(256, 1)
+  crop_scale: tuple[float, ...] = _within((0.08, 1.0), ABOVE_0, 1)
+  interpolation: Literal['bilinear', 'bicubic'] = 'bilinear'
+
+
+ModelName = Literal[
+  'preresnet', 'resnet', 'mobilenetv2', 'mobilenetv2_cifar', 'vit', 'deit', 'swin'
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """The network.
+  """The network. A setting that the family does not read must keep its default.
 
   Attributes:
-    name: 'preresnet'.
-    depth: 6 n + 2.
-    width: channels of the first stage.
+    name: the family; docs/models.md lists them.
+    size: of a transformer: 'Ti', 'S', 'B' or 'L' of ViT; 'Ti', 'S' or 'B' of DeiT; of Swin 'T', 'S'
+      or 'B'.
+    depth: layers of a ResNet (18, 34, 50, 101, 152; default 18) or PreResNet (6 n + 2; default 8);
+      blocks of a ViT or DeiT, where not those of its size.
+    width: channels of the first stage of a PreResNet (default 16); of the tokens of a ViT or DeiT,
+      where not those of its size.
+    heads: of a ViT or DeiT, where not those of its size.
+    patch: side of the patches of a ViT or DeiT; default 16.
+    distilled: DeiT with the distillation token.
+    dropout: of a transformer, after the embedding and each layer of a block.
+    attn_dropout: of a transformer, on the attention probabilities.
+    drop_path: stochastic depth of a transformer, in the last block; it grows linearly from 0.
+    padding: of MobileNetV2's 3x3 convolutions: 'torch' or, as in TensorFlow, 'same'. None: as the
+      weights of `init_from` were trained, else 'torch'.
+    norm_eps: added to the variance in every norm. None: as the weights of `init_from` were trained,
+      else the family's own: 1e-6 in ViT and DeiT, 1e-5 in all others.
+    remat: compute each block again in the backward pass instead of keeping its activations.
     dtype: of the computation, 'float32' or 'bfloat16'; parameters are float32 in either case.
   """
 
-  name: Literal['preresnet'] = 'preresnet'
-  depth: int = 8
-  width: int = _within(16, 1)
+  name: ModelName = 'preresnet'
+  size: Literal['Ti', 'T', 'S', 'B', 'L'] | None = None
+  depth: int | None = _within(None, 1)
+  width: int | None = _within(None, 1)
+  heads: int | None = _within(None, 1)
+  patch: int | None = _within(None, 1)
+  distilled: bool = False
+  dropout: float = _within(0.0, 0, 0.999)
+  attn_dropout: float = _within(0.0, 0, 0.999)
+  drop_path: float = _within(0.0, 0, 0.999)
+  padding: Literal['torch', 'same'] | None = None
+  norm_eps: float | None = _within(None, ABOVE_0)
+  remat: bool = False
   dtype: Literal['float32', 'bfloat16'] = 'float32'
 
 
@@ -76,11 +115,15 @@ class QuantConfig:
 
   Attributes:
     weights: the quantizer of the weights. 'liq' normalises them in all layers but the last.
-    acts: the quantizer of the activations, which follow a ReLU: unsigned.
+    acts: the quantizer of the activations: unsigned in the convolutional networks and for the
+      attention after its softmax, signed elsewhere in the transformers.
     bits: of the weights of the layers between the first and the last; 2 to 8.
-    act_bits: of the inputs of those layers.
-    first_bits: of the weights of the first layer, whose input stays as it is.
+    act_bits: of the inputs of those layers, and of what attention multiplies.
+    first_bits: of the weights of the first layer.
+    first_act_bits: of the images that the first layer multiplies, signed; None leaves them.
     last_bits: of the weights and inputs of the last layer.
+    lsq_init: how 'lsq' finds its first scale, see `saq_jax.LSQ`.
+    lsq_grad_scale: what 'lsq' counts in its gradient scale, see `saq_jax.LSQ`.
   """
 
   weights: QuantizerName = 'liq'
@@ -88,7 +131,10 @@ class QuantConfig:
   bits: int | None = _within(4, 2, 8)
   act_bits: int | None = _within(4, 2, 8)
   first_bits: int | None = _within(8, 2, 8)
+  first_act_bits: int | None = _within(None, 2, 8)
   last_bits: int | None = _within(8, 2, 8)
+  lsq_init: Literal['mean', 'least_squares'] = 'mean'
+  lsq_grad_scale: Literal['scale', 'tensor', 'feature'] = 'scale'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +150,9 @@ class SAQConfig:
     accumulate_clean_grad: step along g(Q(w)) + g(Q(w) + eps).
     perturb_weight_scales: shift the learnable scales of weights too (cases 1 and 2).
     perturb_act_scales: shift the learnable scales of activations too.
+    perturb_norms: shift the scales and biases of norms too, as the authors' code does for
+      convolutional networks.
+    perturb_embeddings: shift class tokens, position embeddings and biases too.
     batch_stats_from_both: running statistics move in both passes, as in the authors' code.
     second_pass_float32: with a model in bfloat16, take the second gradient in float32 (ours). In
       bfloat16 most of a perturbation is below the spacing of the weights and is rounded away.
@@ -117,6 +166,8 @@ class SAQConfig:
   accumulate_clean_grad: bool = False
   perturb_weight_scales: bool = False
   perturb_act_scales: bool = False
+  perturb_norms: bool = True
+  perturb_embeddings: bool = True
   batch_stats_from_both: bool = False
   second_pass_float32: bool = True
 
@@ -182,9 +233,10 @@ class ExperimentConfig:
 
   Attributes:
     seed: of the parameters, the order of the examples and the augmentation.
-    init_from: a checkpoint to start the quantized stages from, instead of a float stage: a work
-      directory of this package or a checkpoint in one. Scales that it has are kept, so let it be
-      a full-precision one or one of the same bit-widths.
+    init_from: weights to start the quantized stages from, instead of a float stage: a work
+      directory of this package or a checkpoint in one, or public weights (safetensors, .npz, .pth,
+      a Hugging Face directory, 'hf://org/name'; docs/models.md). Learnt scales come along where
+      they were found for the same quantization.
     methods: the quantized stages, of 'qat' and 'saq'.
     eval_every_epochs: how often the test split is looked at for the curves.
     checkpoint_every_epochs: how often the state is saved.

@@ -8,8 +8,9 @@ import jax
 from jax.sharding import Mesh
 
 from saq_jax._paths import PyTree
-from saq_jax.data.source import Examples, eval_batches
-from saq_jax.training.build import Network
+from saq_jax.data.datasets import Dataset
+from saq_jax.data.source import eval_batches
+from saq_jax.training.network import Network
 from saq_jax.training.sharding import over_batch, replicated, to_devices
 from saq_jax.training.step import StepConfig, eval_step
 
@@ -35,7 +36,7 @@ class Score:
 
 
 def make_evaluator(
-  network: Network, config: StepConfig, mesh: Mesh, examples: Examples, batch_size: int
+  network: Network, config: StepConfig, mesh: Mesh, examples: Dataset, batch_size: int
 ) -> Callable[[PyTree, PyTree], Score]:
   """Makes the function that evaluates parameters on a split.
 

@@ -13,12 +13,13 @@ from jax import Array
 from jax.sharding import Mesh
 
 from saq_jax._paths import PyTree
-from saq_jax.data.source import Examples, train_source
-from saq_jax.training.build import Network
+from saq_jax.data.datasets import Dataset
+from saq_jax.data.source import train_source
 from saq_jax.training.checkpoint import Checkpoints
 from saq_jax.training.config import ConfigError
 from saq_jax.training.evaluate import Score, make_evaluator
 from saq_jax.training.metrics import MetricWriter
+from saq_jax.training.network import Network
 from saq_jax.training.progress import Progress
 from saq_jax.training.sharding import over_batch, replicated, to_devices
 from saq_jax.training.signals import Stop
@@ -76,8 +77,8 @@ def run_stage(
   stage: Stage,
   begin: Begin,
   weights: PyTree,
-  train: Examples,
-  test: Examples,
+  train: Dataset,
+  test: Dataset,
   mesh: Mesh,
   directory: Path,
   stop: Stop,

@@ -14,7 +14,8 @@ from typing import Any, Literal, TypeVar
 
 from ml_collections import config_dict
 
-from saq_jax.training.config import ABOVE_0, ConfigError, ExperimentConfig
+from saq_jax.training.config import ABOVE_0, ConfigError, ExperimentConfig, QuantConfig
+from saq_jax.training.families import check_model
 
 T = TypeVar('T')
 
@@ -81,17 +82,17 @@ def _as_dict(value: Any) -> dict[str, Any]:
     item = getattr(value, field.name)
     if dataclasses.is_dataclass(item):
       out[field.name] = _as_dict(item)
-    elif _optional(hints[field.name]) is not None:
-      place = config_dict.FieldReference(item, field_type=_optional(hints[field.name]))
-      out[field.name] = place
+    elif (inner := _optional(hints[field.name])) is not None:
+      kind = str if typing.get_origin(inner) is Literal else inner
+      out[field.name] = config_dict.FieldReference(item, field_type=kind)
     else:
       out[field.name] = item
   return out
 
 
-def _optional(hint: Any) -> type | None:
+def _optional(hint: Any) -> Any:
   """The type X of `X | None`; None for other hints."""
-  if isinstance(hint, types.UnionType):
+  if typing.get_origin(hint) in (types.UnionType, typing.Union):
     return next(arg for arg in typing.get_args(hint) if arg is not type(None))
   return None
 
@@ -195,9 +196,8 @@ def _require_within(field: dataclasses.Field[Any], value: Any, name: str) -> Non
 
 def _check(experiment: ExperimentConfig) -> None:
   """Raises ConfigError for values that do not go together."""
-  depth, data = experiment.model.depth, experiment.data
-  if depth < 8 or (depth - 2) % 6:
-    raise ConfigError(f'config.model.depth={depth}: must be 6 n + 2: 8, 14, 20, 32, ...')
+  check_model(experiment.model)
+  data, quant = experiment.data, experiment.quant
   methods = experiment.methods
   if not methods or len(set(methods)) < len(methods):
     raise ConfigError(f"config.methods={methods}: name at least one of 'qat' and 'saq', each once.")
@@ -210,3 +210,19 @@ def _check(experiment: ExperimentConfig) -> None:
       )
   if len(data.mean) != len(data.std):
     raise ConfigError('config.data.mean and config.data.std must be as long as each other.')
+  if len(data.crop_scale) != 2 or data.crop_scale[0] > data.crop_scale[1]:
+    raise ConfigError(
+      f'config.data.crop_scale={data.crop_scale}: must be the least and the largest share, such as '
+      '(0.08, 1.0).'
+    )
+  if data.image_size is not None and data.image_size > data.resize:
+    raise ConfigError(
+      f'config.data.image_size={data.image_size}: must be at most config.data.resize={data.resize},'
+      ' the shorter side that its centre is cut from.'
+    )
+  lsq = QuantConfig()
+  if 'lsq' not in (quant.weights, quant.acts) and (quant.lsq_init, quant.lsq_grad_scale) != (
+    lsq.lsq_init,
+    lsq.lsq_grad_scale,
+  ):
+    raise ConfigError('config.quant.lsq_init and lsq_grad_scale: nothing is quantized with lsq.')

@@ -10,18 +10,14 @@ from jax import Array
 from jax.sharding import Mesh
 
 from saq_jax._paths import PyTree
-from saq_jax.data.source import Examples, load_examples
-from saq_jax.training.build import (
-  FLOATING,
-  build_network,
-  build_optimizer,
-  build_slot,
-  total_steps,
-)
-from saq_jax.training.config import ConfigError, ExperimentConfig
+from saq_jax.data.datasets import Dataset, load_examples, load_records
+from saq_jax.data.records import Resizing
+from saq_jax.training.build import build_optimizer, build_slot, total_steps
+from saq_jax.training.config import ConfigError, DataConfig, ExperimentConfig
 from saq_jax.training.evaluate import Score
 from saq_jax.training.given import Weights, given_weights
 from saq_jax.training.loop import Stage, run_stage
+from saq_jax.training.network import FLOATING, build_network
 from saq_jax.training.sharding import make_mesh, require_divisible
 from saq_jax.training.signals import Stop
 from saq_jax.training.state import TrainState, new_state, state_from_weights
@@ -69,22 +65,24 @@ def train_all(config: ExperimentConfig, workdir: Path, stop: Stop) -> list[Outco
   require_fitting_batches(config, train, mesh)
   outcomes: list[Outcome] = []
   weights: Weights | None = None
+  fresh: frozenset[str] = frozenset()
   if config.init_from is not None:
-    weights = given_weights(config.init_from, config.quant, workdir)
+    given = given_weights(config, train.num_classes, train.image_shape, workdir)
+    weights, fresh = given.weights, given.fresh
+    config = dataclasses.replace(config, model=given.model)
   for name in config.methods if weights else ('float', *config.methods):
     stage = make_stage(config, name, train)
-    begin = functools.partial(_begin, stage, config)
+    begin = functools.partial(_begin, stage, config, fresh)
     directory = workdir / name
     state, score = run_stage(stage, begin, weights, train, test, mesh, directory, stop)
     params, batch_stats = jax.device_get((state.params, state.batch_stats))
-    shape = train.images.shape[1:]
-    outcomes.append(Outcome(stage, params, batch_stats, score, directory, shape))
+    outcomes.append(Outcome(stage, params, batch_stats, score, directory, train.image_shape))
     if name == 'float':
       weights = params['model'], batch_stats, params['scales']
   return outcomes
 
 
-def load_splits(config: ExperimentConfig) -> tuple[Examples, Examples]:
+def load_splits(config: ExperimentConfig) -> tuple[Dataset, Dataset]:
   """Reads the examples that the settings name.
 
   Args:
@@ -98,13 +96,10 @@ def load_splits(config: ExperimentConfig) -> tuple[Examples, Examples]:
   """
   data = config.data
   try:
-    train, test = (
-      load_examples(data.name, split, data.data_dir)
-      for split in (data.train_split, data.eval_split)
-    )
+    train, test = (load_split(data, split) for split in (data.train_split, data.eval_split))
   except (ValueError, OSError) as error:
     raise ConfigError(f'config.data: {error}') from error
-  channels = train.images.shape[-1]
+  channels = train.image_shape[-1]
   if len(data.mean) not in (1, channels):
     raise ConfigError(
       f'config.data.mean has {len(data.mean)} entries, and {data.name!r} has {channels} channels.'
@@ -112,7 +107,27 @@ def load_splits(config: ExperimentConfig) -> tuple[Examples, Examples]:
   return train, test
 
 
-def require_fitting_batches(config: ExperimentConfig, train: Examples, mesh: Mesh) -> None:
+def load_split(data: DataConfig, split: str) -> Dataset:
+  """Reads a split into memory, or opens it where images are brought to one size.
+
+  Args:
+    data: the settings.
+    split: in tfds's notation.
+
+  Returns:
+    The examples.
+
+  Raises:
+    ValueError, OSError: if they cannot be read.
+  """
+  if data.image_size is None:
+    return load_examples(data.name, split, data.data_dir)
+  low, high = data.crop_scale
+  resizing = Resizing(data.image_size, data.resize, (low, high), data.interpolation)
+  return load_records(data.name, split, data.data_dir, resizing)
+
+
+def require_fitting_batches(config: ExperimentConfig, train: Dataset, mesh: Mesh) -> None:
   """Raises ConfigError if a batch is larger than the data, or cannot be split over devices.
 
   Args:
@@ -136,7 +151,7 @@ def require_fitting_batches(config: ExperimentConfig, train: Examples, mesh: Mes
     raise ConfigError(str(error)) from None
 
 
-def make_stage(config: ExperimentConfig, name: str, train: Examples) -> Stage:
+def make_stage(config: ExperimentConfig, name: str, train: Dataset) -> Stage:
   """Makes a stage of the settings.
 
   Args:
@@ -179,10 +194,14 @@ def make_stage(config: ExperimentConfig, name: str, train: Examples) -> Stage:
 
 
 def _begin(
-  stage: Stage, config: ExperimentConfig, images: Array, weights: Weights | None
+  stage: Stage,
+  config: ExperimentConfig,
+  fresh: frozenset[str],
+  images: Array,
+  weights: Weights | None,
 ) -> TrainState:
   """The state at step 0: random weights, or given ones with scales found from a batch."""
   inputs = prepare_images(images, stage.step)
   if weights is None:
     return new_state(stage.network, stage.tx, config.seed, inputs)
-  return state_from_weights(stage.network, stage.tx, config.seed, inputs, *weights)
+  return state_from_weights(stage.network, stage.tx, config.seed, inputs, *weights, fresh=fresh)

@@ -11,8 +11,8 @@ from jax import Array
 
 from saq_jax._paths import PyTree, is_quant_scale
 from saq_jax.layers import calibrate
-from saq_jax.training.build import Network
 from saq_jax.training.config import ConfigError
+from saq_jax.training.network import Network
 
 
 @flax.struct.dataclass
@@ -75,6 +75,8 @@ def state_from_weights(
   model_params: PyTree,
   batch_stats: PyTree,
   scales: dict[str, Array] | None = None,
+  *,
+  fresh: frozenset[str] = frozenset(),
 ) -> TrainState:
   """Begins from given weights, with the scales found from them and from one batch.
 
@@ -90,6 +92,7 @@ def state_from_weights(
     model_params: weights by path, of the same model, quantized or not.
     batch_stats: its running statistics.
     scales: its scales of weights, by path, where it has any.
+    fresh: paths ('params/fc/kernel') that are not given and begin as in `new_state`: a new head.
 
   Returns:
     The state at step 0.
@@ -100,7 +103,7 @@ def state_from_weights(
   begin = new_state(network, tx, seed, images)
   given = traverse_util.flatten_dict({'params': model_params, 'batch_stats': batch_stats}, sep='/')
   wanted = traverse_util.flatten_dict(variables(begin.params, begin.batch_stats), sep='/')
-  _require_fitting(given, wanted)
+  _require_fitting(given, {p: x for p, x in wanted.items() if p not in fresh})
   given = {p: jnp.asarray(x, wanted[p].dtype) for p, x in given.items() if p in wanted}
   merged = traverse_util.unflatten_dict(wanted | given, sep='/')
   stats = merged.get('batch_stats', {})
@@ -109,7 +112,8 @@ def state_from_weights(
   _require_fitting(params['scales'] | kept_scales, params['scales'])
   params['scales'] |= kept_scales
   seen = variables(network.quantize(params), stats)
-  calibrated = calibrate(network.model, seen, images, into=params['model'], train=True)
+  # Running statistics may not fit quantized weights; without any, dropout is better left out.
+  calibrated = calibrate(network.model, seen, images, into=params['model'], train=bool(stats))
   kept = {path: x for path, x in given.items() if is_quant_scale(path)}
   model = traverse_util.flatten_dict({'params': calibrated}, sep='/') | kept
   params['model'] = traverse_util.unflatten_dict(model, sep='/')['params']

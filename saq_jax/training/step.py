@@ -11,11 +11,14 @@ from jax import Array
 
 from saq_jax._paths import PyTree
 from saq_jax.data import augment
-from saq_jax.training.build import Network
+from saq_jax.training.network import Network
 from saq_jax.training.state import TrainState, variables
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
+
+# Of the step's key, for dropout; the augmentation splits the key itself, which takes 0 and 1.
+_DROPOUT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +66,20 @@ def train_step(
   Returns:
     As `train_on`.
   """
-  key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-  images = prepare_images(batch['image'], config, key)
+  images = prepare_images(batch['image'], config, step_key(state))
   return train_on(state, images, batch['label'], network=network, tx=tx, lr=lr, config=config)
+
+
+def step_key(state: TrainState) -> Array:
+  """The key of all random numbers of a step: of the run's seed and the number of steps taken.
+
+  Args:
+    state: before the step.
+
+  Returns:
+    A JAX random key.
+  """
+  return jax.random.fold_in(jax.random.key(state.seed), state.step)
 
 
 def train_on(
@@ -80,8 +94,8 @@ def train_on(
 ) -> tuple[TrainState, Metrics]:
   """The clean gradient at z = quantize(params), the second one inside `tx`, and the update.
 
-  Both passes see the same images. Under `jax.jit` with a batch sharded over devices, gradients,
-  norms and batch statistics are those of the global batch.
+  Both passes see the same images and drop the same units. Under `jax.jit` with a batch sharded over
+  devices, gradients, norms and batch statistics are those of the global batch.
 
   Args:
     state: its `opt_state` begins with the `SAQState` of `saq(has_aux=True)` or `qat`.
@@ -97,11 +111,13 @@ def train_on(
     sharp_grad_norm and cosine (see `SAQState`), and for `saq` rho and loss_perturbed.
   """
 
+  rngs = {'dropout': jax.random.fold_in(step_key(state), _DROPOUT)}
+
   def loss_fn(
     z: PyTree, batch_stats: PyTree, model: nn.Module
   ) -> tuple[Array, tuple[PyTree, Array]]:
     logits, moved = model.apply(
-      variables(z, batch_stats), images, train=True, mutable=['batch_stats']
+      variables(z, batch_stats), images, train=True, mutable=['batch_stats'], rngs=rngs
     )
     loss = cross_entropy(logits, labels, config.label_smoothing).mean()
     hits = jnp.argmax(logits, -1) == labels

@@ -1,0 +1,31 @@
+r"""DeiT-Ti on ImageNet with 4-bit weights and activations.
+
+    python -m saq_jax.main --config configs/deit_ti_4bit.py
+
+We know of no figure of the paper for DeiT-Ti.
+
+Recipe: [later code], which trained DeiT; augmentation beyond crops and flips is left out (see
+recipes.transformer_stage).
+
+ImageNet must have been prepared as array_record by tfds (docs/training.md). `init_from` names the
+weights to start from, which `huggingface_hub` fetches once (pip install 'saq_jax[hub]'); a
+directory or file of your own does as well.
+
+Hardware and hours: not measured; ImageNet has not been trained here yet.
+"""
+
+from ml_collections import config_dict
+
+from saq_jax.training import recipes
+from saq_jax.training.parsing import default_config
+
+
+def get_config() -> config_dict.ConfigDict:
+  """DeiT-Ti at 4 bits."""
+  config = default_config()
+  recipes.image_data(config, 'imagenet2012', 'train', 'validation', batch_size=512)
+  recipes.transformer_quantization(config, bits=4)
+  config.model.name, config.model.size = 'deit', 'Ti'
+  recipes.transformer_stage(config, epochs=300.0, lr=5e-4)
+  config.init_from = 'hf://timm/deit_tiny_patch16_224.fb_in1k'
+  return config

@@ -1,0 +1,32 @@
+r"""ViT-S/16 on ImageNet with 4-bit weights and activations.
+
+    python -m saq_jax.main --config configs/vits16_4bit.py
+
+We know of no figure of the paper for ViT-S/16.
+
+Recipe: [later code], which trained DeiT; augmentation beyond crops and flips is left out (see
+recipes.transformer_stage).
+
+ImageNet must have been prepared as array_record by tfds (docs/training.md). `init_from` names the
+weights to start from, which `huggingface_hub` fetches once (pip install 'saq_jax[hub]'); a
+directory or file of your own does as well.
+
+Hardware and hours: not measured; ImageNet has not been trained here yet.
+"""
+
+from ml_collections import config_dict
+
+from saq_jax.training import recipes
+from saq_jax.training.parsing import default_config
+
+
+def get_config() -> config_dict.ConfigDict:
+  """ViT-S/16 at 4 bits."""
+  config = default_config()
+  recipes.image_data(config, 'imagenet2012', 'train', 'validation', batch_size=512)
+  recipes.transformer_quantization(config, bits=4)
+  config.model.name, config.model.size = 'vit', 'S'
+  recipes.transformer_stage(config, epochs=300.0, lr=5e-4)
+  config.init_from = 'hf://timm/vit_small_patch16_224.augreg_in21k_ft_in1k'
+  config.data.mean = config.data.std = (0.5, 0.5, 0.5)  # as these weights were trained
+  return config
