@@ -92,6 +92,7 @@ class DotProductAttention(nn.Module):
   dropout: float = 0.0
   implementation: Implementation = None
 
+  @nn.compact
   def __call__(
     self, q: Array, k: Array, v: Array, bias: Array | None = None, *, train: bool
   ) -> Array:
@@ -106,14 +107,16 @@ class DotProductAttention(nn.Module):
     shape, (q, k, v) = q.shape, (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
     # Parameters are made on any machine, and the place where they are used may be another one.
     implementation = None if self.is_initializing() else self.implementation
+    if bias is not None and implementation == 'cudnn':
+      bias = bias.astype(q.dtype)
     y = jax.nn.dot_product_attention(q, k, v, bias, implementation=implementation)
     return y.reshape(shape)
 
-  @nn.compact
+  @nn.nowrap
   def unfused(
     self, q: Array, k: Array, v: Array, bias: Array | None = None, *, train: bool
   ) -> Array:
-    """Attends by two `Einsum`s, quantized or not.
+    """Attends by two `Einsum`s, quantized or not; runs inside of a call of this module.
 
     Args:
       q: queries [..., N, heads, d].

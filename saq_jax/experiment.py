@@ -50,10 +50,11 @@ def summarize(config: ExperimentConfig, outcome: Outcome) -> Result:
     Its score, its size and its operations, with the history of its training.
   """
   stage, score = outcome.stage, outcome.score
-  floating = stage.name == 'float'
+  floating = stage.name in ('float', 'given')
   bits, act_bits = (None, None) if floating else (config.quant.bits, config.quant.act_bits)
   quantize = None if floating else stage.network.quantize
   size = model_size(outcome.params['model'], outcome.batch_stats, quantize)
+  metrics = outcome.directory / FILE_NAME
   costs = product_costs(stage.network.model, outcome.image_shape, quantize)
   return Result(
     name=stage.name,
@@ -66,13 +67,13 @@ def summarize(config: ExperimentConfig, outcome: Outcome) -> Result:
     loss=score.loss,
     size_bits=size.bits,
     bops=sum(cost.bops for cost in costs),
-    history=read_metrics(outcome.directory / FILE_NAME),
+    history=read_metrics(metrics) if metrics.exists() else [],
   )
 
 
 def _label(stage: str, bits: int | None, case: int) -> str:
   """What a reader calls a stage."""
-  if stage == 'float':
-    return 'Full precision'
+  if stage in ('float', 'given'):
+    return 'Full precision' if stage == 'float' else 'As given'
   method = 'QAT' if stage == 'qat' else 'SAQ' if case == 3 else f'Case {case}'
   return method if bits is None else f'{method} {bits}-bit'

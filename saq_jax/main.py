@@ -26,8 +26,9 @@ usage: python -m saq_jax.main [--config FILE] [--workdir DIR] [--config.KEY=VALU
                         --config.saq.case=1             1, 2 or 3 (3 is SAQ)
                         --config.quant.bits=3           of the weights; act_bits of activations
                         --config.quant_stage.epochs=60  of each quantized stage
-                        --config.model.depth=20         6 n + 2
-                        --config.init_from=DIR          start from that run's weights
+                        --config.model.depth=20         of a ResNet: docs/models.md
+                        --config.init_from=PATH         start from weights: a run's, safetensors,
+                                                        .npz, .pth, hf://org/name
                       All settings with their meaning: saq_jax/training/config.py.
   --help              this text.
 

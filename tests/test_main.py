@@ -268,6 +268,12 @@ def test_the_whole_job_at_a_small_size(tmp_path, digits_dir, user_env):
   assert 'Full precision' not in given.stdout
   start = f'weights from {tmp_path / "run" / "float" / "checkpoints" / "11"}'
   assert f'{start}\n' in given.stdout
+  # The given network is the row that the others compare with: the float stage's own figures.
+  results = json.loads((tmp_path / 'other' / 'results.json').read_text())['results']
+  assert [r['name'] for r in results] == ['given', 'qat']
+  for figure in ('correct', 'examples', 'loss', 'bops', 'size_bits'):
+    assert results[0][figure] == report['results'][0][figure]
+  assert 'at full precision, as given:' in given.stdout
 
 
 def test_scales_are_kept_only_from_a_run_quantized_alike(tmp_path, digits_dir, user_env):

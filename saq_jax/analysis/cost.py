@@ -14,6 +14,7 @@ from jax import Array
 from jax.extend import core
 
 from saq_jax._paths import PyTree, is_quant_scale, named_leaves
+from saq_jax.attention import DotProductAttention
 from saq_jax.layers import Conv, Dense, Einsum
 from saq_jax.quantizers import Quantizer
 from saq_jax.weights import WeightQuantizer
@@ -186,6 +187,9 @@ class _Recorder:
   def __call__(
     self, method: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext
   ) -> Any:
+    if isinstance(context.module, DotProductAttention) and context.method_name == '__call__':
+      # Where one fused call does both products, they are counted as the `Einsum`s it stands for.
+      return context.module.unfused(*args, **kwargs)
     # A layer's `super().__call__` is intercepted as well, and is the same product.
     if self._inside or not isinstance(context.module, Conv | Dense | Einsum):
       return method(*args, **kwargs)

@@ -155,7 +155,7 @@ def cost_table(figures: dict[str, Any], title: str) -> Table:
 
 
 def short(bops: int) -> str:
-  """Writes bit operations as the paper does: 674.6M below 10^10, 34.7G from there on.
+  """Writes bit operations as the paper does: in millions for small images, else in billions.
 
   Args:
     bops: how many.
@@ -167,7 +167,7 @@ def short(bops: int) -> str:
     >>> short(674643968), short(34_700_000_000)
     ('674.6M', '34.7G')
   """
-  return f'{bops / 1e6:.1f}M' if bops < 1e10 else f'{bops / 1e9:.1f}G'
+  return f'{bops / 1e6:.1f}M' if bops < 5e9 else f'{bops / 1e9:.1f}G'
 
 
 def _figures(

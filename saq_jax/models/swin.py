@@ -140,7 +140,8 @@ class Swin(nn.Module):
     last_act: the quantizer of the head's input, made signed here; or None.
     first_act: the quantizer of the images, made signed here; None leaves them as they are.
     norm_eps: of all norms.
-    implementation: of `jax.nn.dot_product_attention`, used where nothing is quantized.
+    implementation: of `jax.nn.dot_product_attention`, used where nothing is quantized. In training
+      'cudnn' takes windows of an even side only, since they come with a bias.
     dtype: of the computation; None follows the parameters.
 
   Raises:
@@ -151,8 +152,8 @@ class Swin(nn.Module):
     >>> import jax, jax.numpy as jnp
     >>> model = Swin(num_classes=10, width=4, depths=(2, 1), heads=(1, 2), window=2)
     >>> x = jnp.zeros((2, 16, 16, 3))
-    >>> init = functools.partial(model.init_with_output, train=False)
-    >>> logits, variables = jax.jit(init)(jax.random.key(0), x)
+    >>> init = lambda key: model.init_with_output(key, x, train=False)
+    >>> logits, variables = jax.eval_shape(init, jax.random.key(0))
     >>> logits.shape
     (2, 10)
   """

@@ -117,8 +117,8 @@ class ViT(nn.Module):
     >>> import jax, jax.numpy as jnp
     >>> model = ViT(num_classes=10, patch=4, width=8, depth=2, heads=2)
     >>> x = jnp.zeros((2, 8, 8, 3))
-    >>> init = functools.partial(model.init_with_output, train=False)
-    >>> logits, variables = jax.jit(init)(jax.random.key(0), x)
+    >>> init = lambda key: model.init_with_output(key, x, train=False)
+    >>> logits, variables = jax.eval_shape(init, jax.random.key(0))
     >>> logits.shape
     (2, 10)
   """

@@ -41,6 +41,13 @@ class Given:
   fresh: frozenset[str]
   model: ModelConfig
 
+  @property
+  def floating(self) -> bool:
+    """Whether they are a whole full-precision network: no head is missing, no scale was learnt."""
+    model, _, scales = self.weights
+    learnt = any(map(is_quant_scale, traverse_util.flatten_dict(model, sep='/')))
+    return not (self.fresh or scales or learnt)
+
 
 def given_weights(
   config: ExperimentConfig, num_classes: int, image_shape: tuple[int, ...], workdir: Path

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import jax
@@ -14,14 +15,17 @@ from saq_jax.data.datasets import Dataset, load_examples, load_records
 from saq_jax.data.records import Resizing
 from saq_jax.training.build import build_optimizer, build_slot, total_steps
 from saq_jax.training.config import ConfigError, DataConfig, ExperimentConfig
-from saq_jax.training.evaluate import Score
-from saq_jax.training.given import Weights, given_weights
+from saq_jax.training.evaluate import Score, make_evaluator
+from saq_jax.training.given import Given, Weights, given_weights
 from saq_jax.training.loop import Stage, run_stage
 from saq_jax.training.network import FLOATING, build_network
 from saq_jax.training.sharding import make_mesh, require_divisible
 from saq_jax.training.signals import Stop
 from saq_jax.training.state import TrainState, new_state, state_from_weights
 from saq_jax.training.step import StepConfig, prepare_images
+from saq_jax.training.workdir import write_json
+
+_SCORE = 'score.json'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +58,9 @@ def train_all(config: ExperimentConfig, workdir: Path, stop: Stop) -> list[Outco
     stop: asks to save and leave.
 
   Returns:
-    The finished stages: the float one, unless the weights were given, then `config.methods`.
+    The finished stages: the float one, then `config.methods`. Where weights were given, the first
+    is these weights as they are, with the name 'given'; it is left out if their head does not fit
+    or they were trained with quantizers.
 
   Raises:
     ConfigError: if the batch does not fit the data or the devices, or the given weights the model.
@@ -70,6 +76,8 @@ def train_all(config: ExperimentConfig, workdir: Path, stop: Stop) -> list[Outco
     given = given_weights(config, train.num_classes, train.image_shape, workdir)
     weights, fresh = given.weights, given.fresh
     config = dataclasses.replace(config, model=given.model)
+    if given.floating:
+      outcomes.append(_as_given(config, given, train, test, mesh, workdir))
   for name in config.methods if weights else ('float', *config.methods):
     stage = make_stage(config, name, train)
     begin = functools.partial(_begin, stage, config, fresh)
@@ -80,6 +88,36 @@ def train_all(config: ExperimentConfig, workdir: Path, stop: Stop) -> list[Outco
     if name == 'float':
       weights = params['model'], batch_stats, params['scales']
   return outcomes
+
+
+def _as_given(
+  config: ExperimentConfig,
+  given: Given,
+  train: Dataset,
+  test: Dataset,
+  mesh: Mesh,
+  workdir: Path,
+) -> Outcome:
+  """The given weights at full precision, evaluated once: what all later figures compare with."""
+  stage = dataclasses.replace(make_stage(config, 'float', train), name='given')
+  model, batch_stats, _ = given.weights
+  params = {'model': model, 'scales': {}}
+  directory = workdir / stage.name
+  noted = directory / _SCORE
+  if noted.exists():
+    score = Score(**json.loads(noted.read_text(encoding='utf-8')))
+  else:
+    evaluate = make_evaluator(stage.network, stage.step, mesh, test, stage.eval_batch_size)
+    score = evaluate(params, batch_stats)
+    if jax.process_index() == 0:
+      directory.mkdir(exist_ok=True)
+      write_json(noted, dataclasses.asdict(score))
+  print(
+    f'  at full precision, as given: {100 * score.accuracy:.1f} % of {config.data.eval_split!r} '
+    f'({score.correct}/{score.examples})',
+    flush=True,
+  )
+  return Outcome(stage, params, batch_stats, score, directory, train.image_shape)
 
 
 def load_splits(config: ExperimentConfig) -> tuple[Dataset, Dataset]:
