@@ -10,7 +10,14 @@ import pytest
 from small_transformers import InNumpy
 
 from saq_jax import LSQ
-from saq_jax.attention import DotProductAttention, Mlp, SelfAttention, StochasticDepth, with_sign
+from saq_jax.attention import (
+  DotProductAttention,
+  Mlp,
+  SelfAttention,
+  StochasticDepth,
+  layer_norm,
+  with_sign,
+)
 
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)
@@ -117,6 +124,20 @@ def test_when_the_fused_product_is_used(monkeypatch, layer, train, fused):
   assert seen[1:] == (['cudnn'] if fused else [])
 
 
+@pytest.mark.parametrize(('implementation', 'dtype'), [('cudnn', 'bfloat16'), (None, 'float32')])
+def test_the_bias_of_the_fused_product(monkeypatch, implementation, dtype):
+  def spy(q, k, v, bias, *, implementation):
+    del k, v, implementation
+    # One batch axis; cuDNN adds what has the dtype of its operands.
+    assert (q.shape, bias.shape, bias.dtype) == ((6, 4, 2, 8), (6, 2, 4, 4), dtype)
+    return q
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', spy)
+  q, bias = jnp.ones((2, 3, 4, 2, 8), jnp.bfloat16), jnp.zeros((3, 2, 4, 4))
+  layer = DotProductAttention(implementation=implementation)
+  assert layer.apply({}, q, q, q, bias, train=True).shape == q.shape
+
+
 def one_hot_values(dtype=np.float32):
   """Queries, keys, and values with which attention gives its probabilities."""
   q, k = (draw(1, 16, 1, 4, dtype=dtype) for _ in range(2))
@@ -201,6 +222,16 @@ def test_dropout_of_layers(layer):
 def test_signs():
   assert with_sign(None, True) is None
   assert with_sign(LSQ(bits=3, signed=False, grad_scale=1.0), True) == LSQ(bits=3, grad_scale=1.0)
+
+
+def test_layer_norm_of_numbers_far_from_zero():
+  x = 1000 + draw(4, 64, dtype=np.float32)
+  wide = np.asarray(x, np.float64)
+  want = (wide - wide.mean(1, keepdims=True)) / np.sqrt(wide.var(1, keepdims=True) + 1e-6)
+  norm = layer_norm(1e-6, None, name='norm')
+  got = norm.apply(norm.init(KEY, x), x)
+  # What is left is the rounding of the mean, 3e-5; the mean of squares is known to 0.06 only.
+  np.testing.assert_allclose(got, want, atol=2e-4)
 
 
 # Stochastic depth.

@@ -14,6 +14,8 @@ from saq_jax.layers import Conv, Dense, Einsum
 from saq_jax.models.mobilenetv2 import MobileNetV2, MobileNetV2Cifar
 from saq_jax.models.preresnet import PreResNet
 from saq_jax.models.resnet import ResNet
+from saq_jax.models.swin import Swin
+from saq_jax.models.vit import ViT
 
 
 class TinyNet(nn.Module):
@@ -115,6 +117,68 @@ def test_mobilenetv2_costs_what_it_does_by_hand():
   total = sum(cost.bops for cost in costs)
   assert total == 16 * sum(macs) + 64 * sum(ends) == 5394053120
   assert math.floor(total / 1e8) / 10 == round((total - costs[-1].bops) / 1e9, 1) == 5.3
+
+
+def transformer_bits(model):
+  """4 bits, and 8 in the first and the last layer, given to any Transformer."""
+  act = {'act': LSQ(bits=4), 'last_act': LSQ(bits=8), 'first_act': LSQ(bits=7)}
+  return model.clone(**act), rules(f'{model.first_kernel}|{model.last_kernel}', 4)
+
+
+# cuDNN's product cannot be traced without a GPU, and need not be.
+@pytest.mark.parametrize('fields', [{}, {'implementation': 'cudnn'}, {'remat': True}], ids=str)
+def test_vit_ti_costs_what_it_does_by_hand(fields):
+  model = ViT.of_size('Ti', 1000, **fields)
+  n, c, depth = 1 + 14**2, 192, 12
+  ends = 14**2 * 16**2 * 3 * c, 1000 * c
+  # q, k, v, proj; fc1 and fc2; the product of q and k, and that of the probabilities and v.
+  inner = depth * (4 * n * c**2 + 2 * 4 * n * c**2 + 2 * n**2 * c)
+  plain = product_costs(model, (224, 224, 3), None)
+  assert sum(cost.macs for cost in plain) == sum(ends) + inner
+  assert {(cost.weight_bits, cost.act_bits) for cost in plain} == {(32, 32)}
+  assert len(plain) == 2 + depth * 8
+  quantized, quantize = transformer_bits(model)
+  want = ends[0] * 8 * 7 + ends[1] * 8 * 8 + inner * 4 * 4
+  assert bops(quantized, (224, 224, 3), quantize) == want
+
+
+@pytest.mark.parametrize('quantized', [False, True])
+def test_attention_costs_the_bits_of_its_operands(quantized):
+  model, quantize = transformer_bits(ViT(num_classes=5, patch=4, width=12, depth=1, heads=3))
+  model = model if quantized else model.clone(act=None, last_act=None, first_act=None)
+  costs = {cost.path: cost for cost in product_costs(model, (8, 8, 3), quantize)}
+  bits = 4 if quantized else 32
+  for name in 'qkv':
+    path = f'block_0/attn/{name}'
+    assert costs[path] == ProductCost(path, 5 * 12 * 12, 4, bits)
+  for name in ('scores', 'mix'):
+    path = f'block_0/attn/product/{name}'
+    assert costs[path] == ProductCost(path, 5 * 5 * 12, bits, bits)
+
+
+def test_swin_costs_what_it_does_by_hand():
+  # Maps of 10x10 and, merged, 5x5; windows of 4: 12x12 and 8x8 with what is padded.
+  model = Swin(num_classes=7, width=8, depths=(2, 1), heads=(2, 2), window=4)
+  ends = 10**2 * 4**2 * 3 * 8, 7 * 16
+  inner = 5**2 * 32 * 16
+  for blocks, side, padded, c in ((2, 10, 12, 8), (1, 5, 8, 16)):
+    inner += blocks * (4 * padded**2 * c**2 + 2 * 4 * side**2 * c**2 + 2 * padded**2 * 4**2 * c)
+  plain = product_costs(model, (40, 40, 3), None)
+  assert sum(cost.macs for cost in plain) == sum(ends) + inner
+  quantized, quantize = transformer_bits(model)
+  want = ends[0] * 8 * 7 + ends[1] * 8 * 8 + inner * 4 * 4
+  assert bops(quantized, (40, 40, 3), quantize) == want
+
+
+def test_a_product_beside_a_transformer_is_found_and_named():
+  class Beside(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+      x = ViT(num_classes=5, patch=4, width=12, depth=1, heads=3)(x, train=train)
+      return nn.Dense(3, name='stray')(x)
+
+  with pytest.raises(ValueError, match=r'The difference is outside of the layers, in /\w+/stray\.'):
+    product_costs(Beside(), (8, 8, 3), None)
 
 
 def test_full_precision_counts_32_bits_on_both_sides():

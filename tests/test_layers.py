@@ -65,6 +65,14 @@ def test_dense_is_the_product_of_the_quantized_input():
   close(layer.apply({'params': params}, X), want)
 
 
+def test_a_dense_layer_whose_input_is_quantized_leaves_it_as_it_is():
+  layer = Dense(4, input_quantizer=LIQ(bits=2, signed=False), input_is_quantized=True)
+  variables, wanted = layer.init(KEY, X), nn.Dense(4).init(KEY, X)
+  jax.tree.map(np.testing.assert_array_equal, variables, wanted)
+  program = jax.make_jaxpr(layer.apply)(variables, X)
+  assert str(program) == str(jax.make_jaxpr(nn.Dense(4).apply)(wanted, X))
+
+
 def test_a_quantizer_without_a_scale():
   layer = Dense(4, use_bias=False, input_quantizer=DoReFa(bits=2, signed=False))
   variables = layer.init(KEY, X)
