@@ -238,8 +238,8 @@ class StochasticDepth(nn.Module):
     >>> import jax, jax.numpy as jnp
     >>> layer, x = StochasticDepth(0.5), jnp.ones((4, 2))
     >>> y = layer.apply({}, x, train=True, rngs={'dropout': jax.random.key(1)})
-    >>> y.sum(1) # doctest: +SKIP
-    Array([4., 4., 0., 4.], dtype=float32)
+    >>> set(y.sum(1).tolist()) <= {0.0, 4.0}
+    True
   """
 
   rate: float
