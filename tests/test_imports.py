@@ -40,7 +40,7 @@ ALLOWED = {
   'transform': {'jax', 'optax'},
   'layers': {'jax', 'flax'},
   'attention': {'jax', 'flax'},
-  'models': {'jax', 'flax'},
+  'models': {'jax', 'flax', 'numpy'},
   'pretrained': {'jax', 'flax', 'numpy', 'safetensors', 'torch', 'huggingface_hub'},
   'data': {'jax', 'numpy', 'tensorflow_datasets', 'grain', 'sklearn', 'absl', 'PIL'},
 }
