@@ -6,7 +6,6 @@ placement follows the SAQ authors' later code for DeiT; that fc2's input, which 
 signed as all others are, is this project's choice: GELU goes down to -0.17.
 """
 
-import dataclasses
 import functools
 from typing import Any, Literal
 
@@ -15,30 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from saq_jax.layers import ActQuant, Dense, Einsum
+from saq_jax.layers import ActQuant, Dense, Einsum, with_sign
 from saq_jax.quantizers import Quantizer
 
 Implementation = Literal['xla', 'cudnn'] | None
 
 kernel_init = nn.initializers.normal(0.02)
-
-
-def with_sign(quantizer: Quantizer | None, signed: bool) -> Quantizer | None:
-  """Gives a quantizer the sign that its place asks for.
-
-  Args:
-    quantizer: any quantizer, or None.
-    signed: whether what it quantizes may be negative.
-
-  Returns:
-    The same quantizer with that sign; None for None.
-
-  Example:
-    >>> from saq_jax import LSQ
-    >>> with_sign(LSQ(bits=4), False).bounds
-    (0, 15)
-  """
-  return None if quantizer is None else dataclasses.replace(quantizer, signed=signed)
 
 
 def layer_norm(eps: float, dtype: Any, name: str) -> nn.LayerNorm:

@@ -6,6 +6,7 @@ multiplies, so an integer or a faster product has one door to come in by: the fi
 `conv_general_dilated`, `dot_general` and `einsum`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -172,6 +173,24 @@ class BatchNorm(nn.BatchNorm):
       update = new - self.momentum * old
       self.put_variable('batch_stats', 'var', new + update / jnp.maximum(n - 1, 1))
     return y
+
+
+def with_sign(quantizer: Quantizer | None, signed: bool) -> Quantizer | None:
+  """Gives a quantizer the sign that its place asks for.
+
+  Args:
+    quantizer: any quantizer, or None.
+    signed: whether what it quantizes may be negative.
+
+  Returns:
+    The same quantizer with that sign; None for None.
+
+  Example:
+    >>> from saq_jax import LSQ
+    >>> with_sign(LSQ(bits=4), False).bounds
+    (0, 15)
+  """
+  return None if quantizer is None else dataclasses.replace(quantizer, signed=signed)
 
 
 def calibrate(

@@ -5,21 +5,19 @@ Both are as the SAQ authors' networks are. Paths: 'conv1', 'bn1', 'layer2_0/conv
 'layers_3/shortcut_conv', 'linear'.
 """
 
-import dataclasses
-import functools
 from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from saq_jax.layers import BatchNorm, Conv, Dense
+from saq_jax.layers import Dense
+from saq_jax.models.convolutional import batch_norm, first_conv, quantized_conv
 from saq_jax.quantizers import Quantizer
 
 _FEATURES = (16, 24, 32, 64, 96, 160, 320)
 _BLOCKS = (1, 2, 3, 4, 3, 3, 1)
 # k k C_out, for depthwise kernels too.
-_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
 class InvertedResidual(nn.Module):
@@ -55,16 +53,8 @@ class InvertedResidual(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """Maps [B, H, W, C] to [B, H/strides, W/strides, features]."""
-    norm = functools.partial(
-      BatchNorm,
-      use_running_average=not self.train,
-      dtype=self.dtype,
-      momentum=0.9,
-      epsilon=self.norm_eps,
-    )
-    conv = functools.partial(
-      Conv, use_bias=False, dtype=self.dtype, kernel_init=_fan_out, input_quantizer=self.act
-    )
+    norm = batch_norm(self.train, self.norm_eps, self.dtype)
+    conv = quantized_conv(self.act, self.dtype)
     relu = nn.relu if self.small_images else nn.relu6
     middle = x.shape[-1] * self.expansion
     y = x
@@ -120,22 +110,10 @@ class _MobileNet(nn.Module):
   @nn.compact
   def __call__(self, x: Array, *, train: bool) -> Array:
     """Maps images [B, H, W, C] to logits [B, num_classes]."""
-    norm = functools.partial(
-      BatchNorm,
-      use_running_average=not train,
-      dtype=self.dtype,
-      momentum=0.9,
-      epsilon=self.norm_eps,
-    )
-    conv = functools.partial(Conv, use_bias=False, dtype=self.dtype, kernel_init=_fan_out)
+    norm = batch_norm(train, self.norm_eps, self.dtype)
     relu = nn.relu if self._small_images else nn.relu6
-    first = conv(
-      32,
-      (3, 3),
-      strides=self._strides[0],
-      padding=self._padding,
-      input_quantizer=self.first_act and dataclasses.replace(self.first_act, signed=True),
-      name='conv1',
+    first = first_conv(self.first_act, self.dtype)(
+      32, (3, 3), strides=self._strides[0], padding=self._padding, name='conv1'
     )
     x = relu(norm(name='bn1')(first(x)))
     block = nn.remat(InvertedResidual) if self.remat else InvertedResidual
@@ -153,7 +131,8 @@ class _MobileNet(nn.Module):
           dtype=self.dtype,
           name=self._block_name(stage, i),
         )(x)
-    x = relu(norm(name='bn2')(conv(1280, (1, 1), input_quantizer=self.act, name='conv2')(x)))
+    widening = quantized_conv(self.act, self.dtype)(1280, (1, 1), name='conv2')
+    x = relu(norm(name='bn2')(widening(x)))
     last = Dense(
       self.num_classes,
       dtype=self.dtype,

@@ -3,7 +3,6 @@
 Paths are theirs: 'conv', 'layer1_0/bn1', 'layer1_0/conv1', 'layer2_0/downsample', 'bn', 'fc'.
 """
 
-import dataclasses
 import functools
 from typing import Any, ClassVar
 
@@ -11,10 +10,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from saq_jax.layers import BatchNorm, Conv, Dense
+from saq_jax.layers import Dense
+from saq_jax.models.convolutional import batch_norm, first_conv, quantized_conv
 from saq_jax.quantizers import Quantizer
-
-_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
 class PreResNetBlock(nn.Module):
@@ -41,21 +39,8 @@ class PreResNetBlock(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """Maps [B, H, W, C] to [B, H/strides, W/strides, features]."""
-    norm = functools.partial(
-      BatchNorm,
-      use_running_average=not self.train,
-      epsilon=self.norm_eps,
-      dtype=self.dtype,
-      momentum=0.9,
-    )
-    conv = functools.partial(
-      Conv,
-      self.features,
-      use_bias=False,
-      dtype=self.dtype,
-      kernel_init=_fan_out,
-      input_quantizer=self.act,
-    )
+    norm = batch_norm(self.train, self.norm_eps, self.dtype)
+    conv = functools.partial(quantized_conv(self.act, self.dtype), self.features)
     y = nn.relu(norm(name='bn1')(x))
     shortcut = y if self.first_of_stage else x
     y = conv((3, 3), strides=self.strides, padding=1, name='conv1')(y)
@@ -111,16 +96,8 @@ class PreResNet(nn.Module):
     """Maps images [B, H, W, C] to logits [B, num_classes]."""
     if self.depth < 8 or (self.depth - 2) % 6:
       raise ValueError(f'PreResNet(depth={self.depth}): must be 6 n + 2: 8, 14, 20, 32, 44, ...')
-    x = Conv(
-      self.width,
-      (3, 3),
-      padding=1,
-      use_bias=False,
-      dtype=self.dtype,
-      kernel_init=_fan_out,
-      input_quantizer=self.first_act and dataclasses.replace(self.first_act, signed=True),
-      name='conv',
-    )(x)
+    conv = first_conv(self.first_act, self.dtype)
+    x = conv(self.width, (3, 3), padding=1, name='conv')(x)
     block = nn.remat(PreResNetBlock) if self.remat else PreResNetBlock
     for stage in range(3):
       for i in range((self.depth - 2) // 6):
@@ -135,12 +112,6 @@ class PreResNet(nn.Module):
           dtype=self.dtype,
           name=f'layer{stage + 1}_{i}',
         )(x)
-    norm = BatchNorm(
-      use_running_average=not train,
-      epsilon=self.norm_eps,
-      dtype=self.dtype,
-      momentum=0.9,
-      name='bn',
-    )
+    norm = batch_norm(train, self.norm_eps, self.dtype)(name='bn')
     x = jnp.mean(nn.relu(norm(x)), axis=(1, 2))
     return Dense(self.num_classes, dtype=self.dtype, input_quantizer=self.last_act, name='fc')(x)

@@ -4,15 +4,14 @@ Paths: 'conv1', 'bn1', 'layer1_0/conv1', 'layer1_0/bn1', 'layer2_0/downsample_co
 'layer2_0/downsample_bn', 'fc'.
 """
 
-import dataclasses
-import functools
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from saq_jax.layers import BatchNorm, Conv, Dense
+from saq_jax.layers import Dense
+from saq_jax.models.convolutional import batch_norm, first_conv, quantized_conv
 from saq_jax.quantizers import Quantizer
 
 # Blocks of each stage; from 50 on they are bottlenecks.
@@ -23,7 +22,6 @@ _BLOCKS = {
   101: (3, 4, 23, 3),
   152: (3, 8, 36, 3),
 }
-_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
 class ResNetBlock(nn.Module):
@@ -53,16 +51,8 @@ class ResNetBlock(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """Maps [B, H, W, C] to [B, H/strides, W/strides, features or 4 features]."""
-    norm = functools.partial(
-      BatchNorm,
-      use_running_average=not self.train,
-      dtype=self.dtype,
-      momentum=0.9,
-      epsilon=self.norm_eps,
-    )
-    conv = functools.partial(
-      Conv, use_bias=False, dtype=self.dtype, kernel_init=_fan_out, input_quantizer=self.act
-    )
+    norm = batch_norm(self.train, self.norm_eps, self.dtype)
+    conv = quantized_conv(self.act, self.dtype)
     thin, wide = self.features, self.features * (4 if self.bottleneck else 1)
     if self.bottleneck:
       kinds = [(thin, 1, 1), (thin, 3, self.strides), (wide, 1, 1)]
@@ -125,25 +115,9 @@ class ResNet(nn.Module):
     """Maps images [B, H, W, C] to logits [B, num_classes]."""
     if self.depth not in _BLOCKS:
       raise ValueError(f'ResNet(depth={self.depth}): take one of {", ".join(map(str, _BLOCKS))}.')
-    first_act = self.first_act and dataclasses.replace(self.first_act, signed=True)
-    x = Conv(
-      self.width,
-      (7, 7),
-      strides=2,
-      padding=3,
-      use_bias=False,
-      dtype=self.dtype,
-      kernel_init=_fan_out,
-      input_quantizer=first_act,
-      name='conv1',
-    )(x)
-    x = BatchNorm(
-      use_running_average=not train,
-      dtype=self.dtype,
-      momentum=0.9,
-      epsilon=self.norm_eps,
-      name='bn1',
-    )(x)
+    first = first_conv(self.first_act, self.dtype)
+    x = first(self.width, (7, 7), strides=2, padding=3, name='conv1')(x)
+    x = batch_norm(train, self.norm_eps, self.dtype)(name='bn1')(x)
     # The padding of this pool is minus infinity.
     x = nn.max_pool(nn.relu(x), (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
     block = nn.remat(ResNetBlock) if self.remat else ResNetBlock

@@ -13,15 +13,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from saq_jax.attention import (
-  Implementation,
-  Mlp,
-  StochasticDepth,
-  kernel_init,
-  layer_norm,
-  with_sign,
-)
-from saq_jax.layers import Conv, Dense
+from saq_jax.attention import Implementation, kernel_init, layer_norm
+from saq_jax.layers import Dense, with_sign
+from saq_jax.models.transformer import TransformerBlock, embed_patches, head
 from saq_jax.models.vit import resize_grid
 from saq_jax.models.windows import WindowAttention, in_windows
 from saq_jax.quantizers import Quantizer
@@ -35,56 +29,34 @@ SIZES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
-class SwinBlock(nn.Module):
-  """Attention in windows and an MLP, each after a norm and added to what it came from.
+class SwinBlock(TransformerBlock):
+  """A block whose attention stays in windows of the map.
 
   A map that windows do not tile is padded after the norm, with zeros on the right and below. One
   that is no larger than a window is a single window of the map's smaller side and is not shifted.
 
   Attributes:
-    heads: of the attention.
     window: side of a window in pixels of the map.
-    shifted: whether windows begin half a window away from the map's corner, around its edges.
-    mlp_ratio: hidden channels of the MLP over channels.
-    act: the quantizer of all operands of products, or None; its sign is set inside.
-    dropout: the rate after the attention's projection and the MLP's layers.
-    attn_dropout: the rate on the attention's probabilities.
-    drop_path: the rate at which each of the two branches is dropped.
-    norm_eps: of the norms.
-    implementation: of `jax.nn.dot_product_attention`.
-    dtype: of the computation.
+    shifted: whether windows begin half a window away from the map's corner, around its edges. All
+      other fields are those of `TransformerBlock`.
   """
 
-  heads: int
   window: int
   shifted: bool
-  mlp_ratio: int
-  act: Quantizer | None
-  dropout: float
-  attn_dropout: float
-  drop_path: float
-  norm_eps: float
-  implementation: Implementation
-  dtype: Any
 
-  @nn.compact
-  def __call__(self, x: Array, train: bool) -> Array:
-    """Maps [B, H, W, C] to [B, H, W, C]."""
-    norm = functools.partial(layer_norm, self.norm_eps, self.dtype)
-    attention = WindowAttention(
-      self.heads,
-      self.act,
-      dropout=self.dropout,
-      attn_dropout=self.attn_dropout,
-      implementation=self.implementation,
-      dtype=self.dtype,
-      name='attn',
-    )
-    windows, mask, put_back = in_windows(norm(name='norm1')(x), self.window, self.shifted)
-    y = put_back(attention(windows, mask, train=train))
-    x = x + StochasticDepth(self.drop_path)(y, train=train)
-    mlp = Mlp(self.mlp_ratio * x.shape[-1], self.act, self.dropout, self.dtype, name='mlp')
-    return x + StochasticDepth(self.drop_path)(mlp(norm(name='norm2')(x), train=train), train=train)
+  @nn.nowrap
+  def attend(self, x: Array, train: bool) -> Array:
+    """Lets the tokens of a window attend to each other.
+
+    Args:
+      x: [B, H, W, C].
+      train: whether dropout is active.
+
+    Returns:
+      An array of the same shape.
+    """
+    windows, mask, put_back = in_windows(x, self.window, self.shifted)
+    return put_back(self.attention(WindowAttention)(windows, mask, train=train))
 
 
 class PatchMerging(nn.Module):
@@ -205,36 +177,17 @@ class Swin(nn.Module):
   @nn.compact
   def __call__(self, x: Array, *, train: bool) -> Array:
     """Maps images [B, H, W, C] to logits [B, num_classes]."""
-    if x.shape[1] % self.patch or x.shape[2] % self.patch:
-      raise ValueError(
-        f'images of {x.shape[1]}x{x.shape[2]} pixels: patches of patch={self.patch} do not tile '
-        'them.'
-      )
     if len(self.heads) != len(self.depths):
       raise ValueError(f'Swin(depths={self.depths}, heads={self.heads}): of different lengths.')
     norm = functools.partial(layer_norm, self.norm_eps, self.dtype)
-    x = Conv(
-      self.width,
-      (self.patch, self.patch),
-      strides=self.patch,
-      padding='VALID',
-      dtype=self.dtype,
-      input_quantizer=with_sign(self.first_act, True),
-      name='patch_embed',
-    )(x)
+    x = embed_patches(x, self.patch, self.width, self.first_act, self.dtype)
     x = nn.Dropout(self.dropout)(norm(name='patch_norm')(x), deterministic=not train)
     for stage in range(len(self.depths)):
       if stage > 0:
         x = PatchMerging(self.act, self.norm_eps, self.dtype, name=f'merge{stage - 1}')(x)
       x = self._stage(stage, x, train)
     x = jnp.mean(norm(name='norm')(x), axis=(1, 2))
-    return Dense(
-      self.num_classes,
-      dtype=self.dtype,
-      kernel_init=kernel_init,
-      input_quantizer=with_sign(self.last_act, True),
-      name='head',
-    )(x)
+    return head(self.num_classes, self.last_act, self.dtype)(x)
 
   def _stage(self, stage: int, x: Array, train: bool) -> Array:
     """The blocks of one stage."""

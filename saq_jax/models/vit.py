@@ -15,16 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from saq_jax.attention import (
-  Implementation,
-  Mlp,
-  SelfAttention,
-  StochasticDepth,
-  kernel_init,
-  layer_norm,
-  with_sign,
-)
-from saq_jax.layers import Conv, Dense
+from saq_jax.attention import Implementation, kernel_init, layer_norm
+from saq_jax.models.transformer import TransformerBlock, embed_patches, head
 from saq_jax.quantizers import Quantizer
 
 SIZES: Mapping[str, Mapping[str, int]] = MappingProxyType(
@@ -35,49 +27,6 @@ SIZES: Mapping[str, Mapping[str, int]] = MappingProxyType(
     'L': MappingProxyType({'width': 1024, 'depth': 24, 'heads': 16}),
   }
 )
-
-
-class ViTBlock(nn.Module):
-  """Self-attention and an MLP, each after a norm and added to what it came from.
-
-  Attributes:
-    heads: of the attention.
-    mlp_ratio: hidden channels of the MLP over channels.
-    act: the quantizer of all operands of products, or None; its sign is set inside.
-    dropout: the rate after the attention's projection and the MLP's layers.
-    attn_dropout: the rate on the attention's probabilities.
-    drop_path: the rate at which each of the two branches is dropped.
-    norm_eps: of the norms.
-    implementation: of `jax.nn.dot_product_attention`.
-    dtype: of the computation.
-  """
-
-  heads: int
-  mlp_ratio: int
-  act: Quantizer | None
-  dropout: float
-  attn_dropout: float
-  drop_path: float
-  norm_eps: float
-  implementation: Implementation
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: Array, train: bool) -> Array:
-    """Maps tokens [B, N, C] to [B, N, C]."""
-    norm = functools.partial(layer_norm, self.norm_eps, self.dtype)
-    y = SelfAttention(
-      self.heads,
-      self.act,
-      dropout=self.dropout,
-      attn_dropout=self.attn_dropout,
-      implementation=self.implementation,
-      dtype=self.dtype,
-      name='attn',
-    )(norm(name='norm1')(x), train=train)
-    x = x + StochasticDepth(self.drop_path)(y, train=train)
-    mlp = Mlp(self.mlp_ratio * x.shape[-1], self.act, self.dropout, self.dtype, name='mlp')
-    return x + StochasticDepth(self.drop_path)(mlp(norm(name='norm2')(x), train=train), train=train)
 
 
 class ViT(nn.Module):
@@ -170,23 +119,10 @@ class ViT(nn.Module):
   @nn.compact
   def __call__(self, x: Array, *, train: bool) -> Array:
     """Maps images [B, H, W, C] to logits [B, num_classes]."""
-    if x.shape[1] % self.patch or x.shape[2] % self.patch:
-      raise ValueError(
-        f'images of {x.shape[1]}x{x.shape[2]} pixels: patches of patch={self.patch} do not tile '
-        'them.'
-      )
-    x = Conv(
-      self.width,
-      (self.patch, self.patch),
-      strides=self.patch,
-      padding='VALID',
-      dtype=self.dtype,
-      input_quantizer=with_sign(self.first_act, True),
-      name='patch_embed',
-    )(x)
+    x = embed_patches(x, self.patch, self.width, self.first_act, self.dtype)
     x = self._with_tokens(x)
     x = nn.Dropout(self.dropout)(x, deterministic=not train)
-    block = nn.remat(ViTBlock, static_argnums=(2,)) if self.remat else ViTBlock
+    block = nn.remat(TransformerBlock, static_argnums=(2,)) if self.remat else TransformerBlock
     for i in range(self.depth):
       x = block(
         heads=self.heads,
@@ -201,15 +137,9 @@ class ViT(nn.Module):
         name=f'block_{i}',
       )(x, train)
     x = layer_norm(self.norm_eps, self.dtype, name='norm')(x)
-    head = functools.partial(
-      Dense,
-      self.num_classes,
-      dtype=self.dtype,
-      kernel_init=kernel_init,
-      input_quantizer=with_sign(self.last_act, True),
-    )
-    logits = head(name='head')(x[:, 0])
-    return (logits + head(name='head_dist')(x[:, 1])) / 2 if self.distilled else logits
+    last = functools.partial(head, self.num_classes, self.last_act, self.dtype)
+    logits = last('head')(x[:, 0])
+    return (logits + last('head_dist')(x[:, 1])) / 2 if self.distilled else logits
 
   def _with_tokens(self, x: Array) -> Array:
     """Tokens [B, T, C] of the patches [B, h, w, C], after the class token, with positions."""
