@@ -88,7 +88,7 @@ def product_costs(
 
   Args:
     model: a Linen module that is called as `model.apply(variables, images, train=False)` and
-      multiplies in `saq_jax.layers` only.
+      multiplies in `saq_jax.layers` and `saq_jax.attention` only.
     input_shape: of one image: (32, 32, 3).
     quantize: the quantizer of the weights; None where they are not quantized.
     image_bits: of the images.
@@ -253,7 +253,7 @@ def _check_complete(costs: Sequence[ProductCost], jaxpr: core.Jaxpr) -> None:
     where = f'outside of the layers, in {", ".join(strays[:5])}'
   raise ValueError(
     f'the model multiplies {found.total()} times, its layers of saq_jax.layers {counted} times. '
-    f'The difference is {where}. Multiply with Conv, Dense and Einsum of saq_jax.layers only.'
+    f'The difference is {where}. Multiply with saq_jax.layers and saq_jax.attention only.'
   )
 
 
