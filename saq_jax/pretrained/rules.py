@@ -103,8 +103,8 @@ def _same(x: np.ndarray) -> np.ndarray:
 
 
 def _clip(x: np.ndarray) -> np.ndarray:
-  """A scalar; the authors' layers use its absolute value."""
-  return np.abs(x.reshape(())) if x.size == 1 else x
+  """A scalar, its sign kept: quantizers take the absolute value, as the authors' layers do."""
+  return x.reshape(()) if x.size == 1 else x
 
 
 def _joined(first: int) -> Turn:
