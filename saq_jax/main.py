@@ -24,11 +24,11 @@ usage: python -m saq_jax.main [--config FILE] [--workdir DIR] [--config.KEY=VALU
   --config.KEY=VALUE  changes one setting, for instance:
                         --config.saq.rho=0.2            the radius of the perturbation
                         --config.saq.case=1             1, 2 or 3 (3 is SAQ)
-                        --config.quant.bits=3           of the weights; act_bits of activations
+                        --config.quant.bits=3 --config.quant.act_bits=3
                         --config.quant_stage.epochs=60  of each quantized stage
                         --config.model.depth=20         of a ResNet: docs/models.md
-                        --config.init_from=PATH         start from weights: a run's, safetensors,
-                                                        .npz, .pth, hf://org/name
+                        --config.init_from=PATH         start from weights: safetensors, .npz,
+                                                        .pth, hf://org/name, RUN/float
                       All settings with their meaning: saq_jax/training/config.py.
   --help              this text.
 

@@ -81,6 +81,7 @@ def test_products_of_activations_have_no_weights(capsys, tmp_path):
   [
     (['--config=nowhere.py'], 'no such file'),
     (['--bits=4'], "'--bits'"),
+    (['--workdir=here'], '--workdir is not a flag'),
     (['--json'], '--json needs a value'),
     (['--config.data.name=nothing_of_the_kind'], 'nothing_of_the_kind'),
     (['--config.data.name=imagenet2012'], 'config.data.image_size'),
@@ -92,6 +93,16 @@ def test_wrong_input_is_one_line(capsys, flags, words):
   assert code == 2
   assert len(captured.err.strip().splitlines()) == 1
   assert words in captured.err
+
+
+def test_a_float_network_weighs_four_bytes_a_weight(tmp_path, capsys):
+  path = tmp_path / 'costs.json'
+  none = [f'--config.quant.{name}=None' for name in ('bits', 'act_bits', 'first_bits', 'last_bits')]
+  assert run(capsys, f'--json={path}', *none)[0] == 0
+  figures = json.loads(path.read_text())
+  assert figures['weight_bytes'] == sum(layer['weight_bytes'] for layer in figures['layers'])
+  assert {(x['weight_bits'], x['act_bits']) for x in figures['layers']} == {(32, 32)}
+  assert figures['model_bytes'] > figures['weight_bytes'] > 4 * 0.9 * figures['parameters']
 
 
 def test_help(capsys):

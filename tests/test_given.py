@@ -12,6 +12,7 @@ import optax
 import pytest
 import safetensors.numpy
 import torch_names
+from flax import traverse_util
 
 from saq_jax._paths import named_leaves
 from saq_jax.training.build import build_optimizer, build_slot
@@ -216,8 +217,9 @@ def test_an_own_checkpoint_with_another_head(own_run, workdir, capsys):
   given = given_weights(config, 9, (8, 8, 1), workdir('new'))
   assert given.fresh == {'params/fc/kernel', 'params/fc/bias'}
   said = capsys.readouterr().out
-  assert f'weights from {folder / "saq" / "checkpoints" / "3"}\n' in said
+  assert f'weights from {folder / "saq" / "checkpoints" / "3"}, trained with quantizers' in said
   assert 'head replaced' in said
+  assert given.quantized
   model, _, scales = given.weights
   kept = 'layer1_0/conv1/kernel'
   assert kept in scales
@@ -240,9 +242,51 @@ def test_what_a_run_took_from_its_weights_goes_with_its_own(own_run, workdir):
     given_weights(other, 5, (8, 8, 1), workdir('other'))
 
 
+@pytest.mark.parametrize('overrides', [{}, {'quant.bits': '3'}, {'quant.weights': 'lsq'}])
+def test_weights_trained_with_quantizers_are_no_full_precision_network(own_run, workdir, overrides):
+  """Also where their scales do not come along; those of a float stage are one."""
+  folder, _ = own_run
+  settled = settings(folder, **{'model.width': '4'}, **overrides)
+  given = given_weights(settled, 5, (8, 8, 1), workdir('new'))
+  assert given.quantized
+  assert not given.floating
+  (folder / 'saq').rename(folder / 'float')
+  plain = {'params': {}, 'batch_stats': given.weights[1]}
+  model = {p: x for p, x in named_leaves(given.weights[0]).items() if 'quant_scale' not in p}
+  plain['params'] = {'model': traverse_util.unflatten_dict(model, sep='/'), 'scales': {}}
+  shutil.rmtree(folder / 'float')
+  with Checkpoints(folder / 'float' / 'checkpoints') as checkpoints:
+    checkpoints.save(3, plain)
+  assert given_weights(settled, 5, (8, 8, 1), workdir('float_run')).floating
+
+
+def test_authors_clips_that_are_dropped_still_tell_of_quantizers(workdir):
+  size = {'model.depth': '20', 'model.width': '16'}
+  for acts in ('liq', 'lsq'):
+    config = settings(f'{torch_names.RECORD}#init', **size, **{'quant.acts': acts})
+    assert given_weights(config, 100, (32, 32, 3), workdir(acts)).quantized
+
+
+def test_weights_that_are_gone_when_a_run_goes_on(hf_vit, tmp_path):
+  config = settings(hf_vit, **VIT)
+  given_weights(config, 5, (12, 12, 3), tmp_path)
+  shutil.rmtree(hf_vit)
+  with pytest.raises(ConfigError, match=r'This run began from it: put it back'):
+    given_weights(config, 5, (12, 12, 3), tmp_path)
+
+
+def test_what_a_file_does_not_tell_is_said(hf_vit, workdir, capsys):
+  (hf_vit / 'config.json').unlink()
+  given_weights(settings(hf_vit, **VIT), 5, (12, 12, 3), workdir())
+  said = capsys.readouterr().out
+  assert "no config.json beside it: taken with norm_eps=1e-06; that library's own default" in said
+  assert 'does not tell the number of heads: the model has 2' in said
+
+
 @pytest.mark.parametrize(
   ('source', 'words'),
   [
+    ('timm/resnet18.tv_in1k', r'write hf://timm/resnet18\.tv_in1k'),
     ('nowhere', 'no such directory'),
     ('nowhere.safetensors', 'no such file'),
     ('hf://not/there', r'hf://not/there could not be fetched|not installed'),
@@ -250,6 +294,6 @@ def test_what_a_run_took_from_its_weights_goes_with_its_own(own_run, workdir):
 )
 def test_nothing_there(tmp_path, monkeypatch, source, words):
   monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-  source = source if '://' in source else str(tmp_path / source)
+  source = source if '/' in source else str(tmp_path / source)
   with pytest.raises(ConfigError, match=f'config.init_from: .*({words})'):
     given_weights(settings(source, **VIT), 5, (12, 12, 3), tmp_path)

@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from saq_jax import main as program
+from saq_jax.data.datasets import load_examples
 from saq_jax.training.checkpoint import restore_subtrees
 from saq_jax.training.parsing import default_config, to_json
 from saq_jax.training.workdir import claim
@@ -53,6 +55,7 @@ def test_help_fits_on_a_screen(capsys):
     ('--config.nothing=1', ['config.nothing', 'quant']),
     ('--config.saq=1', ['config.saq', 'group']),
     ('--config.saq.rho.x=1', ['config.saq.rho.x']),
+    ('--config.saqq.rho=1', ['config.saqq is not', 'Did you mean config.saq?', 'config has: seed']),
     ('--config.quant.bits=four', ['config.quant.bits=four', 'whole number']),
     ('--config.quant.bits=0', ['config.quant.bits=0', '2 to 8']),
     ('--config.quant.act_bits=9', ['config.quant.act_bits=9', '2 to 8']),
@@ -238,6 +241,22 @@ def test_settings_in_a_config_dict_are_checked_too():
     config.saq.rho = 'large'
 
 
+def assert_docs_snippet_runs(workdir):
+  """The trained network in Python, as docs/training.md has it, scores what the report says."""
+  text = (CONFIGS[0].parent.parent / 'docs' / 'training.md').read_text(encoding='utf-8')
+  code = text.split('## The trained network in Python')[1].split('```python\n')[1].split('```')[0]
+  code = code.replace('RUN/saq', f'{workdir}/saq')
+  code = code.replace("configs/digits_4bit.py']", f"{CONFIGS[0].parent}/digits_4bit.py', *flags]")
+  data = json.loads((workdir / 'config.json').read_text())['config']['data']
+  test = load_examples('digits', 'test', data['data_dir'])
+  images = (test.images / 255 - np.array(data['mean'])) / np.array(data['std'])
+  found = {'flags': TINY, 'images': images.astype(np.float32)}
+  exec(code, found)
+  report = json.loads((workdir / 'results.json').read_text())['results'][-1]
+  assert int(np.sum(np.argmax(found['logits'], -1) == test.labels)) == report['correct']
+  assert found['codes'].dtype == np.int8
+
+
 def test_the_whole_job_at_a_small_size(tmp_path, digits_dir, user_env):
   """As a user runs it: a process, its screen, its files; then again, with nothing left to do."""
   command = [sys.executable, '-m', 'saq_jax.main', f'--workdir={tmp_path / "run"}']
@@ -255,6 +274,7 @@ def test_the_whole_job_at_a_small_size(tmp_path, digits_dir, user_env):
   assert again.returncode == 0
   assert '1/11' not in again.stdout  # no step was taken again
   assert json.loads((tmp_path / 'run' / 'results.json').read_text()) == report
+  assert_docs_snippet_runs(tmp_path / 'run')
   other = [a.replace('=1', '=2') if 'quant_stage' in a else a for a in command]
   other = [a.replace('/run', '/other') for a in other]
   given = subprocess.run(

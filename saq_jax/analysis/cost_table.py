@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
   try:
     target = _take(arguments, '--json')
-    config, name, _ = read_flags(arguments)
+    config, name, workdir = read_flags(arguments)
+    if workdir is not None:
+      raise UsageError('--workdir is not a flag of this program; see --help.')
     figures = experiment_costs(config)
     if target is not None:
       Path(target).write_text(json.dumps(figures, indent=2) + '\n', encoding='utf-8')
@@ -69,7 +71,7 @@ def experiment_costs(config: ExperimentConfig) -> dict[str, Any]:
   Returns:
     JSON values: 'layers', a list with path, macs, weight_bits, act_bits, bops and weight_bytes
     (None for the product of two activations); and the totals 'macs', 'bops', 'parameters',
-    'weight_bytes' (of all quantized weights) and 'model_bytes' (with all that stays floating).
+    'weight_bytes' and 'model_bytes' (with biases, norms, scales and running statistics).
 
   Raises:
     ConfigError: if the dataset is unknown, or the network cannot be built.
@@ -192,7 +194,7 @@ def _figures(
     'macs': sum(cost.macs for cost in costs),
     'bops': sum(cost.bops for cost in costs),
     'parameters': size.parameters,
-    'weight_bytes': -(-size.quantized_bits // 8),
+    'weight_bytes': sum(layer['weight_bytes'] or 0 for layer in layers),
     'model_bytes': size.bytes,
   }
 

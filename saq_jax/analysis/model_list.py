@@ -5,6 +5,7 @@
 prints the table of docs/models.md. It takes about a minute: each network is traced.
 """
 
+import argparse
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -128,6 +129,9 @@ def row(entry: Entry) -> str:
 
 def main() -> None:
   """Prints the table."""
+  argparse.ArgumentParser(
+    prog='python -m saq_jax.analysis.model_list', description=__doc__.splitlines()[0]
+  ).parse_args()
   print('| network | parameters | BOPs, 4 bits | MB, 4 bits | settings | weights |')
   print('|:--|--:|--:|--:|:--|:--|')
   for entry in entries():

@@ -122,7 +122,8 @@ def fit(
   shapes = [{path: np.shape(x) for path, x in tree.items()} for tree in (leaves, wanted)]
   if found := differences(*shapes):
     raise PretrainedError(
-      f'{origin.file} is of another network: {found}. Set the model to that, or take other weights'
+      f'{origin.file} is of another network: {found}. Set config.model '
+      'to that (docs/models.md), or take other weights'
     )
   fresh, notes = _without_head(leaves, wanted, last_kernel, origin)
   notes += _resized(leaves, wanted, image_size)

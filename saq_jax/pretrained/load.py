@@ -1,6 +1,7 @@
 """From a source of public weights to the parameters of a model."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from saq_jax.pretrained.files import WeightFile, open_weights
 from saq_jax.pretrained.fit import Fitted, Origin, fit
 from saq_jax.pretrained.formats import recognise
 from saq_jax.pretrained.rules import Converted, Format, convert
-from saq_jax.pretrained.settings import require_settings
+from saq_jax.pretrained.settings import require_settings, untold
 
 _NAMES_SHOWN = 4
 
@@ -32,6 +33,7 @@ class Loaded:
     batch_stats: its running statistics; empty where it has none.
     scales: of the weights, by path ('layer1_0/conv1/kernel'); from the SAQ authors' checkpoints.
     fresh: paths ('params/head/kernel') of what the model must begin anew, a replaced head.
+    quantized: whether the file has clips: its weights were trained with quantizers.
     message: what was read, and what was changed to make it fit: one or more lines.
   """
 
@@ -39,11 +41,12 @@ class Loaded:
   batch_stats: PyTree
   scales: dict[str, Any]
   fresh: frozenset[str]
+  quantized: bool
   message: str
 
 
 def load_pretrained(
-  source: str | WeightFile,
+  source: str | os.PathLike[str] | WeightFile,
   model: nn.Module,
   input_shape: tuple[int, int, int],
   *,
@@ -66,11 +69,12 @@ def load_pretrained(
   Raises:
     PretrainedError: if they cannot be read, or do not fit the model.
   """
-  file = open_weights(source) if isinstance(source, str) else source
+  file = source if isinstance(source, WeightFile) else open_weights(os.fspath(source))
   form, named = recognise(file)
   wanted = model_leaves(model, input_shape)
   _require_family(file, form, model, wanted)
   converted = convert(named, form)
+  quantized = bool(converted.scales)
   notes = _without_scales(converted) if not keep_scales else []
   notes += _without_background(converted, form, file.settings, wanted, _last_kernel(model))
   origin = Origin(file.description, converted.names, converted.shapes, tuple(converted.unknown))
@@ -91,7 +95,10 @@ def load_pretrained(
     batch_stats=tree.get('batch_stats', {}),
     scales=fitted.scales,
     fresh=fitted.fresh,
-    message='\n  '.join([_summary(file, form, fitted), *notes, *fitted.notes]),
+    quantized=quantized,
+    message='\n  '.join(
+      [_summary(file, form, fitted), *notes, *fitted.notes, *untold(file, model)]
+    ),
   )
 
 

@@ -134,6 +134,37 @@ def image_statistics(file: WeightFile) -> Statistics | None:
   return None
 
 
+def untold(file: WeightFile, model: Any) -> list[str]:
+  """Says what the model has that the file should tell and does not.
+
+  Args:
+    file: what `open_weights` gave.
+    model: of this package.
+
+  Returns:
+    A line each; none where all is told.
+  """
+  notes = []
+  form = detect(file)
+  kinds = [kind for kind in _KINDS.values() if kind.family == form.family]
+  if form.library == 'Hugging Face' and not file.settings and kinds:
+    same = "; padding 'same'" if form.family == 'MobileNetV2' else ''
+    if model.norm_eps != kinds[0].norm_eps or same:
+      notes.append(
+        f'no config.json beside it: taken with norm_eps={model.norm_eps:g}'
+        + (f' and padding={model.padding!r}' if same else '')
+        + f"; that library's own default is {kinds[0].norm_eps:g}{same}"
+      )
+  heads = getattr(model, 'heads', None)
+  told = 'num_attention_heads' in file.settings or form.library == 'Google'
+  if isinstance(heads, int) and not told and model.width != 64 * heads:
+    notes.append(
+      f'the file does not tell the number of heads: the model has {heads}, and published networks '
+      f'of width {model.width} have {model.width // 64}'
+    )
+  return notes
+
+
 def require_settings(file: WeightFile, model: Any) -> None:
   """Raises unless a model was built as the settings beside its weights ask.
 

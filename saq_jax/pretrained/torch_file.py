@@ -43,8 +43,8 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
     if held := re.search(r'global:? GLOBAL (\S+)', reason):
       raise PretrainedError(
         f'{path} holds Python objects beside tensors ({held[1]}), which are not loaded, for a '
-        'pickle can run any code. If you trust it, save its tensors alone: torch.save(torch.load('
-        'path, weights_only=False)["model"], "weights.pth"), with the key under which they are'
+        'pickle can run any code. If you trust it, load it with weights_only=False and save its '
+        'tensors alone: torch.save(model.state_dict(), "weights.pth"), or the dict of tensors in it'
       ) from error
     raise PretrainedError(
       f'{path} is damaged or no PyTorch file: {reason.splitlines()[0][:200]}'

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,18 +36,18 @@ class Given:
     weights: the model's parameters, its running statistics, and its scales of weights.
     fresh: paths of what has no given value: the head, where the number of classes differs.
     model: the settings of the model, with those that were left to the weights.
+    quantized: whether they were trained with quantizers, so that alone they are no network.
   """
 
   weights: Weights
   fresh: frozenset[str]
   model: ModelConfig
+  quantized: bool
 
   @property
   def floating(self) -> bool:
-    """Whether they are a whole full-precision network: no head is missing, no scale was learnt."""
-    model, _, scales = self.weights
-    learnt = any(map(is_quant_scale, traverse_util.flatten_dict(model, sep='/')))
-    return not (self.fresh or scales or learnt)
+    """Whether they are a whole full-precision network: trained as one, and with its head."""
+    return not (self.fresh or self.quantized)
 
 
 def given_weights(
@@ -75,12 +76,12 @@ def given_weights(
   assert config.init_from is not None
   pin = workdir / PIN
   noted = json.loads(pin.read_text(encoding='utf-8')) if pin.exists() else None
+  source = config.init_from if noted is None else noted['source']
   try:
-    source = config.init_from if noted is None else noted['source']
     read = _public if holds_weights(source) else _own
     given, note, message = read(source, config, num_classes, image_shape)
   except ValueError as error:
-    raise ConfigError(f'config.init_from: {error}') from error
+    raise ConfigError(f'config.init_from: {error}{_hint(source, noted is not None)}') from error
   if noted is not None and noted != note:
     raise ConfigError(
       f'config.init_from: {source} has changed since this run began: name another --workdir.'
@@ -89,6 +90,17 @@ def given_weights(
   if noted is None:
     write_json(pin, note)
   return given
+
+
+def _hint(source: str, begun: bool) -> str:
+  """What may help where weights are not there."""
+  if Path(source).exists():
+    return ''
+  if begun:
+    return '. This run began from it: put it back'
+  if '://' not in source and re.fullmatch(r'[\w.-]+/[\w.-]+', source):
+    return f'. For a repository of the Hugging Face Hub write hf://{source}'
+  return ''
 
 
 def _public(
@@ -109,7 +121,8 @@ def _public(
   )
   weights = loaded.params, loaded.batch_stats, loaded.scales
   note = {'source': file.source, 'model': asked, 'sum': _sum(file)}
-  return Given(weights, loaded.fresh, model), note, loaded.message + _normalisation(file, config)
+  given = Given(weights, loaded.fresh, model, quantized=loaded.quantized)
+  return given, note, loaded.message + _normalisation(file, config)
 
 
 def _own(
@@ -117,6 +130,7 @@ def _own(
 ) -> tuple[Given, dict[str, Any], str]:
   """The weights of a checkpoint of this package, what to note of them, and what to say."""
   path = find_checkpoint(source)
+  quantized = Path(path).parent.parent.name != 'float'
   params, batch_stats = restore_subtrees(path, 'params', 'batch_stats')
   asked = _settings_of_run(Path(path))
   model = _completed(config.model, asked, str(path))
@@ -124,11 +138,12 @@ def _own(
   leaves = traverse_util.flatten_dict(
     {'params': params['model'], 'batch_stats': batch_stats}, sep='/'
   )
-  scales, words = params['scales'], ''
+  scales = params['scales']
+  words = ', trained with quantizers (name RUN/float for those before)' if quantized else ''
   learnt = bool(scales) or any(map(is_quant_scale, leaves))
   if learnt and not _quantized_alike(Path(path), config.quant):
     leaves = {p: x for p, x in leaves.items() if not is_quant_scale(p)}
-    scales, words = {}, '; its scales are found anew, for it is quantized otherwise'
+    scales, words = {}, f'{words}; its scales are found anew, for it is quantized otherwise'
   height, width, _ = image_shape
   fitted = fit(
     leaves,
@@ -142,7 +157,8 @@ def _own(
   tree = traverse_util.unflatten_dict(fitted.leaves, sep='/')
   weights = tree['params'], tree.get('batch_stats', {}), fitted.scales
   message = '\n  '.join([f'weights from {path}{words}', *fitted.notes])
-  return Given(weights, fitted.fresh, model), {'source': str(path), 'model': asked}, message
+  given = Given(weights, fitted.fresh, model, quantized or learnt)
+  return given, {'source': str(path), 'model': asked}, message
 
 
 def _last_kernel(network: Network) -> str:

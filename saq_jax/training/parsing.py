@@ -102,7 +102,10 @@ def _override(cls: Any, values: dict[str, Any], keys: list[str], text: str, name
   hints = typing.get_type_hints(cls)
   key = keys[0]
   group = dataclasses.is_dataclass(hints.get(key))
-  if key not in hints or (len(keys) > 1 and not group):
+  if key not in hints:
+    # Without the keys below it, which are not looked at.
+    raise ConfigError(_unknown(cls, '.'.join(name.split('.')[: 1 - len(keys) or None])))
+  if len(keys) > 1 and not group:
     raise ConfigError(_unknown(cls, name))
   if group and len(keys) == 1:
     known = ', '.join(f'{name}.{k}' for k in typing.get_type_hints(hints[key]))
