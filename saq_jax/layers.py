@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax import Array
 
+from saq_jax._convolution import conv_general_dilated
 from saq_jax._paths import ACT_SCALE
 from saq_jax.quantizers import Quantizer
 
@@ -72,6 +73,7 @@ class Conv(nn.Conv):
   """
 
   input_quantizer: Quantizer | None = None
+  conv_general_dilated: Callable[..., Array] | None = conv_general_dilated
 
   @nn.compact
   def __call__(self, inputs: Array) -> Array:

@@ -12,7 +12,7 @@ PACKAGE = ROOT / 'saq_jax'
 
 # The levels, from the bottom; a module imports from its own level or those above it in this list.
 LEVELS = [
-  ['_version', '_ste', '_paths'],
+  ['_version', '_ste', '_paths', '_convolution'],
   ['_quantizer', '_axes', '_checks'],
   ['quantizers'],
   ['weights', 'transform', 'layers'],
@@ -32,6 +32,7 @@ ALLOWED = {
   '_version': set(),
   '_ste': {'jax'},
   '_paths': {'jax'},
+  '_convolution': {'jax'},
   '_quantizer': {'jax'},
   '_axes': {'jax'},
   '_checks': {'jax', 'optax'},
