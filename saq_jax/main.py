@@ -32,7 +32,8 @@ usage: python -m saq_jax.main [--config FILE] [--workdir DIR] [--config.KEY=VALU
                       All settings with their meaning: saq_jax/training/config.py.
   --help              this text.
 
-Exit codes: 0 done, or stopped by a signal and saved; 1 diverged or a failing disk; 2 wrong input.
+Exit codes: 0 done, or stopped by a signal and saved; 1 diverged, damaged data or a failing disk;
+2 wrong input.
 """
 
 
@@ -63,6 +64,7 @@ def _run(config: ExperimentConfig, name: str, workdir: str | None) -> int:
     print(f'saq_jax {__version__}: {name}, in {directory}', flush=True)
     # Now that the input is sound: these take seconds to import.
     from saq_jax import experiment
+    from saq_jax.data.records import RecordError
     from saq_jax.training.loop import DivergedError, PreemptedError
     from saq_jax.training.signals import preemption
 
@@ -71,7 +73,7 @@ def _run(config: ExperimentConfig, name: str, workdir: str | None) -> int:
         experiment.run(config, name, directory, stop)
     except PreemptedError as notice:
       print(notice)
-    except (DivergedError, OSError) as error:
+    except (DivergedError, RecordError, OSError) as error:
       return _fail(error, 1)
   return 0
 

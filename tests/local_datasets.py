@@ -24,8 +24,11 @@ def jpeg(rng, label, height, width):
   return file
 
 
-def prepare(dataset, data_dir, **counts):
-  """Prepares as many examples a split as are named, with 4 classes among the dataset's own."""
+def prepare(dataset, data_dir, *, damaged=(), **counts):
+  """Prepares as many examples a split as are named, with 4 classes among the dataset's own.
+
+  The images of the `damaged` indices are files that cannot be decoded.
+  """
   features = dict(FEATURES[dataset])
   features['label'] = tfds.features.ClassLabel(num_classes=features['label'])
   with tfds.core.registered.skip_registration():
@@ -46,6 +49,7 @@ def prepare(dataset, data_dir, **counts):
         rng = np.random.default_rng(sorted(counts).index(split))
         for i in range(counts[split]):
           image = jpeg(rng, i % 4, *rng.integers(14, 40, 2))
+          image = io.BytesIO(b'no image') if i in damaged else image
           yield i, {'image': image, 'label': i % 4, 'file_name': f'{split}_{i}.JPEG'}
 
   Local(data_dir=str(data_dir)).download_and_prepare(file_format='array_record')

@@ -1,6 +1,7 @@
 """ViT-B/16's experiment at a small size, as a user runs it: public weights, JPEG files, a kill."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -110,3 +111,18 @@ def test_what_does_not_fit_is_said_before_training(tmp_path, data_dir, user_env,
     assert word in done.stderr
   assert 'Traceback' not in done.stderr
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_damaged_image_is_named_and_ends_the_run(tmp_path, user_env):
+  prepare('imagenet2012', tmp_path / 'tfds', train=16, validation=5, damaged=(3,))
+  done = subprocess.run(
+    command(tmp_path / 'run', tmp_path / 'tfds'),
+    check=False,
+    capture_output=True,
+    text=True,
+    env=user_env,
+  )
+  assert done.returncode == 1, done.stdout + done.stderr
+  last = done.stderr.strip().splitlines()[-1]
+  assert re.search(r'saq_jax: record \d+: its image cannot be decoded', last)
+  assert 'Traceback' not in done.stderr

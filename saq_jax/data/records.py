@@ -18,6 +18,10 @@ _LOG_RATIO = math.log(4 / 3)
 _FILTERS = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
 
 
+class RecordError(ValueError):
+  """A record that cannot be used; the message says which and why."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Resizing:
   """How images come to one size.
@@ -71,7 +75,7 @@ class Records:
       {'image': uint8 [b, size, size, C], 'label': int32 [b]}.
 
     Raises:
-      ValueError: an image cannot be decoded, or a label is not a class.
+      RecordError: an image cannot be decoded, or a label is not a class.
     """
 
     def one(index: int, position: int) -> tuple[np.ndarray, int]:
@@ -92,7 +96,7 @@ class Records:
       As `train_batch`.
 
     Raises:
-      ValueError: an image cannot be decoded, or a label is not a class.
+      RecordError: an image cannot be decoded, or a label is not a class.
     """
 
     def one(index: int) -> tuple[np.ndarray, int]:
@@ -110,12 +114,12 @@ class Records:
     record = self.records[int(index)]
     label = int(record['label'])
     if not 0 <= label < self.num_classes:
-      raise ValueError(f'record {index}: label {label} is not one of {self.num_classes} classes')
+      raise RecordError(f'record {index}: label {label} is not one of {self.num_classes} classes')
     try:
       image = Image.open(io.BytesIO(record['image']))
       return image.convert('L' if self.channels == 1 else 'RGB'), label
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-      raise ValueError(f'record {index}: its image cannot be decoded ({error})') from error
+      raise RecordError(f'record {index}: its image cannot be decoded ({error})') from error
 
   def _scaled(self, image: Image.Image, size: tuple[int, int], box: Box) -> np.ndarray:
     """A part of an image at another size, uint8 [H, W, C]."""
