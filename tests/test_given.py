@@ -260,6 +260,26 @@ def test_weights_trained_with_quantizers_are_no_full_precision_network(own_run, 
   assert given_weights(settled, 5, (8, 8, 1), workdir('float_run')).floating
 
 
+def test_weights_in_float64_stay_so_where_jax_has_it(workdir):
+  """A whole step can then be held against a record in float64, from a file on."""
+  config = settings(f'{torch_names.RECORD}#init', **{'model.depth': '20', 'model.width': '16'})
+  params, stats = torch_names.read(np.load(torch_names.RECORD), 'init')
+  with jax.enable_x64(True):
+    model, batch_stats, scales = given_weights(config, 100, (32, 32, 3), workdir()).weights
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64) / 3, (model, batch_stats, scales))
+    network = build_network(config.model, config.quant, 100)
+    state = state_from_weights(network, TX, 0, jnp.ones((2, 32, 32, 3)), *wide)
+    ours, theirs = (
+      named_leaves(tree) for tree in ((state.params, state.batch_stats), (params, stats))
+    )
+    assert ours.keys() == theirs.keys()
+    for name, x in theirs.items():
+      np.testing.assert_array_equal(ours[name], x / 3)
+      assert ours[name].dtype == np.float64
+  plain = state_from_weights(network, TX, 0, jnp.ones((2, 32, 32, 3)), *wide)
+  assert {x.dtype for x in jax.tree.leaves(plain.params)} == {np.dtype('float32')}
+
+
 def test_authors_clips_that_are_dropped_still_tell_of_quantizers(workdir):
   size = {'model.depth': '20', 'model.width': '16'}
   for acts in ('liq', 'lsq'):

@@ -104,12 +104,13 @@ def state_from_weights(
   given = traverse_util.flatten_dict({'params': model_params, 'batch_stats': batch_stats}, sep='/')
   wanted = traverse_util.flatten_dict(variables(begin.params, begin.batch_stats), sep='/')
   _require_fitting(given, {p: x for p, x in wanted.items() if p not in fresh})
-  given = {p: jnp.asarray(x, wanted[p].dtype) for p, x in given.items() if p in wanted}
+  given = {p: _at_least(x, wanted[p].dtype) for p, x in given.items() if p in wanted}
   merged = traverse_util.unflatten_dict(wanted | given, sep='/')
   stats = merged.get('batch_stats', {})
   params = network.quantize.init(merged['params'])
-  kept_scales = {p: s for p, s in (scales or {}).items() if p in params['scales']}
-  _require_fitting(params['scales'] | kept_scales, params['scales'])
+  found = params['scales']
+  kept_scales = {p: _at_least(s, found[p].dtype) for p, s in (scales or {}).items() if p in found}
+  _require_fitting(found | kept_scales, found)
   params['scales'] |= kept_scales
   seen = variables(network.quantize(params), stats)
   # Running statistics may not fit quantized weights; without any, dropout is better left out.
@@ -124,6 +125,12 @@ def _at_step_0(
   tx: optax.GradientTransformation, seed: Array, params: PyTree, batch_stats: PyTree
 ) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), seed, params, batch_stats, tx.init(params))
+
+
+def _at_least(x: Array, dtype: jnp.dtype) -> Array:
+  """An array of a dtype, or of its own where that is wider, as float64 is where JAX has it."""
+  x = jnp.asarray(x)
+  return x.astype(jnp.promote_types(x.dtype, dtype))
 
 
 def _require_fitting(given: dict[str, Array], wanted: dict[str, Array]) -> None:
