@@ -13,6 +13,7 @@ import pytest
 from saq_jax import LIQ, LSQ
 from saq_jax._paths import is_embedding, is_norm, named_leaves
 from saq_jax.layers import ActQuant
+from saq_jax.models import resnet, swin, vit
 from saq_jax.models.mobilenetv2 import MobileNetV2, MobileNetV2Cifar
 from saq_jax.models.preresnet import PreResNet
 from saq_jax.models.resnet import ResNet
@@ -20,7 +21,7 @@ from saq_jax.models.swin import Swin
 from saq_jax.models.vit import ViT
 from saq_jax.training.build import build_optimizer, build_slot
 from saq_jax.training.config import ConfigError, ModelConfig, QuantConfig, SAQConfig, StageConfig
-from saq_jax.training.families import READS, check_model
+from saq_jax.training.families import READS, RESNET_DEPTHS, SIZES, check_model
 from saq_jax.training.network import FLOATING, build_network
 from saq_jax.training.state import new_state
 from saq_jax.training.step import StepConfig, train_step
@@ -137,6 +138,14 @@ def test_defaults_are_the_families_own():
 def test_settings_that_a_family_does_not_read_are_refused(model, words):
   with pytest.raises(ConfigError, match=f'config.model.{words}'):
     check_model(model)
+
+
+def test_the_sizes_that_settings_may_name_are_those_of_the_models():
+  """They are written twice, so that a setting is refused before a network is imported."""
+  assert SIZES['vit'] == tuple(vit.SIZES)
+  assert SIZES['swin'] == tuple(swin.SIZES)
+  assert set(SIZES['deit']) < set(vit.SIZES)
+  assert RESNET_DEPTHS == tuple(resnet._BLOCKS)
 
 
 @pytest.mark.parametrize('family', ['resnet', 'vit', 'deit', 'swin'])
