@@ -145,7 +145,7 @@ def test_the_sizes_that_settings_may_name_are_those_of_the_models():
   assert SIZES['vit'] == tuple(vit.SIZES)
   assert SIZES['swin'] == tuple(swin.SIZES)
   assert set(SIZES['deit']) < set(vit.SIZES)
-  assert RESNET_DEPTHS == tuple(resnet._BLOCKS)
+  assert tuple(resnet._BLOCKS) == RESNET_DEPTHS
 
 
 @pytest.mark.parametrize('family', ['resnet', 'vit', 'deit', 'swin'])
