@@ -218,7 +218,7 @@ def test_dataset_of_another_kind(tmp_path: Path, features: dict[str, object], me
     ('digits', 'train[:200%]', r'a slice within one'),
     ('digits', 'all[:2]', r'a slice within one'),
     ('digits', 'train[:0]', r'is empty'),
-    ('cifar10', 'train', r'not prepared in .*`tfds build cifar10 --file_format=array_record'),
+    ('cifar10', 'train', r'not prepared in .*`python -m saq_jax.data.prepare cifar10 --data_dir'),
     ('cifar1', 'train', r"perhaps 'cifar10'"),
     ('digit', 'train', r"perhaps 'digits'"),
     ('cifar10:9.9.9', 'train', r'only: 3\.0\.2'),

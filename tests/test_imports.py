@@ -43,7 +43,10 @@ ALLOWED = {
   'attention': {'jax', 'flax'},
   'models': {'jax', 'flax', 'numpy'},
   'pretrained': {'jax', 'flax', 'numpy', 'safetensors', 'torch', 'huggingface_hub'},
-  'data': {'jax', 'numpy', 'tensorflow_datasets', 'grain', 'sklearn', 'absl', 'PIL'},
+  'data': {
+    *('jax', 'numpy', 'tensorflow_datasets', 'grain', 'sklearn', 'absl', 'PIL', 'cv2', 'rich'),
+    'simplejpeg',
+  },
 }
 MODULES = sorted(PACKAGE.rglob('*.py'))
 
@@ -98,7 +101,7 @@ def run_python(code):
 def test_importing_the_package_loads_jax_and_optax_alone():
   loaded = run_python('import sys, saq_jax; print(*sys.modules)').split()
   heavy = {'flax', 'tensorflow_datasets', 'grain', 'matplotlib', 'orbax', 'tensorflow', 'sklearn'}
-  heavy |= {'rich', 'PIL', 'ml_collections', 'tensorboardX'}
+  heavy |= {'rich', 'PIL', 'cv2', 'simplejpeg', 'ml_collections', 'tensorboardX'}
   assert not heavy & {name.split('.')[0] for name in loaded}
   assert {'jax', 'optax'} <= set(loaded)
 
@@ -108,7 +111,7 @@ def test_models_and_the_step_work_without_data_and_plot_libraries():
   print(
     run_python("""
 import sys
-for name in ('tensorflow_datasets', 'grain', 'matplotlib', 'sklearn', 'PIL'):
+for name in ('tensorflow_datasets', 'grain', 'matplotlib', 'sklearn', 'PIL', 'cv2', 'simplejpeg'):
   sys.modules[name] = None
 import jax, jax.numpy as jnp, optax
 from saq_jax.training.build import build_optimizer, build_slot

@@ -1,0 +1,167 @@
+"""A folder that is prepared again: unchanged, changed, gone, killed on the way, by two at once."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from local_datasets import fill, photo_folder
+
+from saq_jax.data import folder as folder_lib
+from saq_jax.data.builders import open_builder
+from saq_jax.data.folder import folder_builder, prepare_folder
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def photos(tmp_path):
+  return photo_folder(tmp_path / 'photos')
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+  return str(tmp_path / 'data')
+
+
+def prepared(photos, data_dir, **options):
+  """The builder and what was told."""
+  notes = []
+  return prepare_folder(f'folder:{photos}', data_dir, note=notes.append, **options), notes
+
+
+def names(builder, split):
+  return [record['file_name'].decode() for record in builder.as_data_source(split)]
+
+
+# Unchanged, changed, gone.
+
+
+def test_the_second_time_nothing_is_written(photos, data_dir):
+  builder, _ = prepared(photos, data_dir)
+  times = {p: p.stat().st_mtime_ns for p in Path(builder.data_dir).iterdir()}
+  again, notes = prepared(photos, data_dir)
+  assert notes == [f'{photos} is prepared already']
+  assert {p: p.stat().st_mtime_ns for p in Path(again.data_dir).iterdir()} == times
+
+
+@pytest.mark.parametrize('change', ['new', 'gone', 'other size', 'other time', 'bad layout'])
+def test_a_change_is_seen(photos, data_dir, change):
+  builder, _ = prepared(photos, data_dir)
+  image = photos / 'train' / 'ant' / '0.jpg'
+  if change == 'new':
+    shutil.copy(image, photos / 'train' / 'bee' / 'new.jpg')
+  elif change == 'gone':
+    image.unlink()
+  elif change == 'other size':
+    image.write_bytes((photos / 'train' / 'bee' / '1.JPEG').read_bytes())
+    os.utime(image, (0, 0))
+  elif change == 'other time':
+    os.utime(image, (1e9, 1e9))
+  else:
+    fill(photos / 'val' / 'unknown')
+  command = rf'run `python -m saq_jax\.data\.prepare folder:{photos} --data_dir={data_dir}`'
+  with pytest.raises(ValueError, match=f'has changed since it was prepared: {command}'):
+    open_builder(f'folder:{photos}', data_dir)
+  if change == 'bad layout':
+    shutil.rmtree(photos / 'val' / 'unknown')
+    return
+  again, notes = prepared(photos, data_dir)
+  # What a run may still read stays.
+  assert notes[-1].startswith(f'{builder.data_dir} is of an earlier preparation: delete it')
+  assert [Path(b.data_dir).name for b in (builder, again)] == ['1.0.0', '2.0.0']
+  assert {'train/bee/new.jpg', 'train/ant/0.jpg'} & set(names(again, 'train')) == {
+    *({'train/bee/new.jpg'} if change == 'new' else ()),
+    *({'train/ant/0.jpg'} if change != 'gone' else ()),
+  }
+  shutil.rmtree(builder.data_dir)
+  assert names(folder_builder(f'folder:{photos}', data_dir), 'train') == names(again, 'train')
+
+
+def test_data_are_read_where_the_folder_is_not(photos, data_dir, tmp_path):
+  name, want = f'folder:{photos}', names(prepared(photos, data_dir)[0], 'train')
+  shutil.move(data_dir, tmp_path / 'moved')
+  shutil.rmtree(photos)
+  builder = open_builder(name, str(tmp_path / 'moved'))
+  assert names(builder, 'train') == want
+  assert builder.info.features['label'].names == ['ant', 'bee']
+  with pytest.raises(ValueError, match='is not a folder'):
+    prepare_folder(name, str(tmp_path / 'moved'))
+
+
+def test_a_name_finds_its_data_however_it_is_written(photos, data_dir, monkeypatch):
+  builder, _ = prepared(photos, data_dir)
+  monkeypatch.chdir(photos.parent)
+  monkeypatch.setenv('HOME', str(photos.parent))
+  for name in ('folder:photos', 'folder:./photos/', 'folder:~/photos', f'folder:{photos}/val/..'):
+    assert folder_builder(name, data_dir).data_dir == builder.data_dir
+  assert Path(builder.data_dir).parent.name.startswith('folder_photos_')
+
+
+# Processes.
+
+# Prepares a folder; with a third argument it stops for good after so many images.
+_PREPARE = """
+import sys, time
+from saq_jax.data import folder
+if len(sys.argv) > 3:
+  def tell(self, count):
+    if 'stored' in self._what and count == int(sys.argv[3]):
+      print('half', flush=True)
+      time.sleep(600)
+  folder.Progress.tell = tell
+builder = folder.prepare_folder('folder:' + sys.argv[1], sys.argv[2], note=lambda line: None)
+print(builder.data_dir, flush=True)
+"""
+
+
+def process(*args):
+  command = [sys.executable, '-c', _PREPARE, *map(str, args)]
+  return subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True)
+
+
+def test_a_killed_preparation_is_made_good(photos, data_dir):
+  killed = process(photos, data_dir, 9)
+  assert killed.stdout.readline() == 'half\n'
+  os.kill(killed.pid, signal.SIGKILL)
+  killed.communicate()
+  with pytest.raises(ValueError, match='is not prepared in'):
+    folder_builder(f'folder:{photos}', data_dir)
+  builder, notes = prepared(photos, data_dir)
+  assert len(names(builder, 'train')) == 16
+  (left,) = Path(data_dir).glob('*/incomplete*')
+  assert f'{left} is of an earlier preparation: delete it when nothing uses it any more' in notes
+
+
+def test_two_processes_at_once(photos, data_dir):
+  both = [process(photos, data_dir) for _ in range(2)]
+  outputs = [p.communicate() for p in both]
+  assert outputs[0] == outputs[1] == (f'{next(Path(data_dir).glob("folder*"))}/1.0.0\n', '')
+  assert not list(Path(data_dir).glob('*/incomplete*'))
+
+
+def test_the_loser_of_the_race_reads_the_winners_files(photos, data_dir, monkeypatch):
+  tell = folder_lib.Progress.tell
+
+  def overtaken(self, count):
+    if count == 9:
+      monkeypatch.setattr(folder_lib.Progress, 'tell', tell)
+      prepared(photos, data_dir)  # The winner, while this one is half way.
+
+  monkeypatch.setattr(folder_lib.Progress, 'tell', overtaken)
+  builder, _ = prepared(photos, data_dir)
+  assert len(names(builder, 'train')) == 16
+  assert [path.name for path in Path(data_dir).glob('folder*/*')] == ['1.0.0']
+
+
+def test_data_whose_facts_are_gone(photos, data_dir):
+  builder, _ = prepared(photos, data_dir)
+  facts = Path(builder.data_dir, 'folder.json')
+  assert json.loads(facts.read_text())['folder'] == str(photos)
+  facts.unlink()
+  with pytest.raises(ValueError, match=r'1\.0\.0 is incomplete .*: delete it and prepare it anew'):
+    folder_builder(f'folder:{photos}', data_dir)
