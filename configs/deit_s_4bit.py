@@ -4,12 +4,11 @@ r"""DeiT-S on ImageNet with 4-bit weights and activations.
 
 We know of no figure of the paper for DeiT-S.
 
-Recipe: [later code], which trained DeiT; augmentation beyond crops and flips is left out (see
-recipes.transformer_stage).
+Recipe: [later code], which trained DeiT, with DeiT's augmentation (recipes.deit_augmentation).
 
-ImageNet must have been prepared as array_record by tfds (docs/training.md). `init_from` names the
-weights to start from, which `huggingface_hub` fetches once (pip install 'saq_jax[hub]'); a
-directory or file of your own does as well.
+ImageNet is prepared once (docs/data.md). `init_from` names the weights to start from, which
+`huggingface_hub` fetches once (pip install 'saq_jax[hub]'); a directory or file of your own does
+as well.
 
 Hardware and hours: not measured; ImageNet has not been trained here yet.
 """
@@ -23,7 +22,7 @@ from saq_jax.training.parsing import default_config
 def get_config() -> config_dict.ConfigDict:
   """DeiT-S at 4 bits."""
   config = default_config()
-  recipes.image_data(config, 'imagenet2012', 'train', 'validation', batch_size=512)
+  recipes.image_data(config, 'imagenet2012', batch_size=512)
   recipes.transformer_quantization(config, bits=4)
   config.model.name, config.model.size = 'deit', 'S'
   recipes.transformer_stage(config, epochs=300.0, lr=5e-4)

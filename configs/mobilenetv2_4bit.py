@@ -7,9 +7,9 @@ The paper's row: MobileNetV2, 4 bits, 5.3G bit operations, top-1 70.2 %, top-5 8
 Recipe: [code], as for ResNet-18 (SGD, 90 epochs, cosine, batch 512, rho 0.3), with crops from 20
 % of the area on. The weights named here are timm's, not the authors' [ours].
 
-ImageNet must have been prepared as array_record by tfds (docs/training.md). `init_from` names the
-weights to start from, which `huggingface_hub` fetches once (pip install 'saq_jax[hub]'); a
-directory or file of your own does as well.
+ImageNet is prepared once (docs/data.md). `init_from` names the weights to start from, which
+`huggingface_hub` fetches once (pip install 'saq_jax[hub]'); a directory or file of your own does
+as well.
 
 Hardware and hours: not measured; ImageNet has not been trained here yet.
 """
@@ -23,10 +23,10 @@ from saq_jax.training.parsing import default_config
 def get_config() -> config_dict.ConfigDict:
   """MobileNetV2 at 4 bits."""
   config = default_config()
-  recipes.image_data(config, 'imagenet2012', 'train', 'validation', batch_size=512)
+  recipes.image_data(config, 'imagenet2012', batch_size=512)
   recipes.authors_quantization(config, bits=4)
   recipes.authors_imagenet_stage(config)
-  config.data.crop_scale = (0.2, 1.0)
+  config.augment.crop_scale = (0.2, 1.0)
   config.model.name = 'mobilenetv2'
   config.init_from = 'hf://timm/mobilenetv2_100.ra_in1k'
   return config

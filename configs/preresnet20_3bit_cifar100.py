@@ -8,9 +8,8 @@ The paper's row: PreResNet-20 (its ResNet-20), 3 bits, 392.1M bit operations, to
 Recipe: [code] (SGD, 200 epochs, rho 0.4); that the same rho holds for 3 bits is [ours]; that of
 the full-precision stage is [ours].
 
-CIFAR must have been prepared as array_record by tfds (docs/training.md). A full-precision stage
-comes first, then QAT and SAQ from it; `init_from` takes weights instead, such as an authors'
-checkpoint.
+CIFAR is prepared once (docs/data.md). A full-precision stage comes first, then QAT and SAQ from
+it; `init_from` takes weights instead, such as an authors' checkpoint.
 
 Hardware and hours: not measured on an accelerator; docs/benchmarks.md has the step on a CPU.
 """

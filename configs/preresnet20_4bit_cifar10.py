@@ -7,9 +7,8 @@ The paper lists CIFAR-10 among its datasets (v5); its figures are not known to u
 Recipe: [code] (SGD, 200 epochs, rho 0.4); its script is for CIFAR-100, that the same holds here
 is [ours]; that of the full-precision stage is [ours].
 
-CIFAR must have been prepared as array_record by tfds (docs/training.md). A full-precision stage
-comes first, then QAT and SAQ from it; `init_from` takes weights instead, such as an authors'
-checkpoint.
+CIFAR is prepared once (docs/data.md). A full-precision stage comes first, then QAT and SAQ from
+it; `init_from` takes weights instead, such as an authors' checkpoint.
 
 Hardware and hours: not measured on an accelerator; docs/benchmarks.md has the step on a CPU.
 """

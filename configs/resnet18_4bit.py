@@ -7,9 +7,9 @@ The paper's row: ResNet-18, 4 bits, 34.7G bit operations, top-1 71.3 %, top-5 90
 Recipe: [code], from its script for ResNet-18 at 4 bits (SGD, 90 epochs, cosine, batch 512, rho
 0.3).
 
-ImageNet must have been prepared as array_record by tfds (docs/training.md). `init_from` names the
-weights to start from, which `huggingface_hub` fetches once (pip install 'saq_jax[hub]'); a
-directory or file of your own does as well.
+ImageNet is prepared once (docs/data.md). `init_from` names the weights to start from, which
+`huggingface_hub` fetches once (pip install 'saq_jax[hub]'); a directory or file of your own does
+as well.
 
 Hardware and hours: not measured; ImageNet has not been trained here yet.
 """
@@ -23,7 +23,7 @@ from saq_jax.training.parsing import default_config
 def get_config() -> config_dict.ConfigDict:
   """ResNet-18 at 4 bits."""
   config = default_config()
-  recipes.image_data(config, 'imagenet2012', 'train', 'validation', batch_size=512)
+  recipes.image_data(config, 'imagenet2012', batch_size=512)
   recipes.authors_quantization(config, bits=4)
   recipes.authors_imagenet_stage(config)
   config.model.name, config.model.depth = 'resnet', 18

@@ -7,9 +7,8 @@ The paper uses Oxford-IIIT Pets (v5); its figures are not known to us.
 Recipe: [later code] for small datasets (AdamW, rate 2e-4 for a batch of 512, 100 epochs), which
 it has for CIFAR; for these 3,680 training images it is [ours].
 
-The dataset must have been prepared as array_record by tfds (docs/training.md). `init_from` names
-ImageNet weights, which `huggingface_hub` fetches once (pip install 'saq_jax[hub]'); the head is
-replaced.
+The dataset is prepared once (docs/data.md). `init_from` names ImageNet weights, which
+`huggingface_hub` fetches once (pip install 'saq_jax[hub]'); the head is replaced.
 
 Hardware and hours: not measured.
 """
@@ -23,7 +22,7 @@ from saq_jax.training.parsing import default_config
 def get_config() -> config_dict.ConfigDict:
   """ViT-B/16 at 4 bits."""
   config = default_config()
-  recipes.image_data(config, 'oxford_iiit_pet', 'train', 'test', batch_size=128)
+  recipes.image_data(config, 'oxford_iiit_pet', batch_size=128)
   recipes.transformer_quantization(config, bits=4)
   config.model.name, config.model.size = 'vit', 'B'
   recipes.transformer_stage(config, epochs=100.0, lr=2e-4)

@@ -5,12 +5,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from saq_jax._version import __version__
-from saq_jax.training.config import ConfigError, ExperimentConfig
+from saq_jax.training.bounds import ConfigError
+from saq_jax.training.config import ExperimentConfig
 from saq_jax.training.flags import UsageError, read_flags
 from saq_jax.training.parsing import to_json
-from saq_jax.training.workdir import WorkdirError, claim
+from saq_jax.training.workdir import WorkdirError, claim, identity
 
 HELP = """\
 Trains a network at full precision, then quantized, without and with SAQ, and reports on it.
@@ -32,8 +34,8 @@ usage: python -m saq_jax.main [--config FILE] [--workdir DIR] [--config.KEY=VALU
                       All settings with their meaning: saq_jax/training/config.py.
   --help              this text.
 
-Exit codes: 0 done, or stopped by a signal and saved; 1 diverged, damaged data or a failing disk;
-2 wrong input.
+Exit codes: 0 done, or stopped by a signal and saved; 1 diverged, damaged data, a failing disk or a
+worker that died; 2 wrong input.
 """
 
 
@@ -64,7 +66,8 @@ def _run(config: ExperimentConfig, name: str, workdir: str | None) -> int:
     print(f'saq_jax {__version__}: {name}, in {directory}', flush=True)
     # Now that the input is sound: these take seconds to import.
     from saq_jax import experiment
-    from saq_jax.data.records import RecordError
+    from saq_jax.data.decode import RecordError
+    from saq_jax.data.loader import LoaderError
     from saq_jax.training.loop import DivergedError, PreemptedError
     from saq_jax.training.signals import preemption
 
@@ -75,12 +78,16 @@ def _run(config: ExperimentConfig, name: str, workdir: str | None) -> int:
       print(notice)
     except (DivergedError, RecordError, OSError) as error:
       return _fail(error, 1)
+    except LoaderError as error:
+      _fail(error, 1)
+      sys.stdout.flush()
+      os._exit(1)  # Threads that wait for a dead disk would keep the process from its end.
   return 0
 
 
-def _default_workdir(name: str, settings: object) -> str:
+def _default_workdir(name: str, settings: dict[str, Any]) -> str:
   """runs/NAME-HASH: the same settings find their run again, others get a directory of their own."""
-  digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+  digest = hashlib.sha256(json.dumps(identity(settings), sort_keys=True).encode()).hexdigest()
   return os.path.join('runs', f'{name}-{digest[:8]}')
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from saq_jax.data.datasets import Examples
-from saq_jax.data.source import eval_batches, train_source
+from saq_jax.data.source import eval_source, train_source
 
 _COUNT = 23
 
@@ -98,7 +98,7 @@ def test_two_processes_split_an_epoch() -> None:
 
 @pytest.mark.parametrize('batch_size', [1, 4, 22, 23, 24, 100])
 def test_evaluation_yields_every_example_once(examples: Examples, batch_size: int) -> None:
-  batches = list(eval_batches(examples, batch_size))
+  batches = list(eval_source(examples, batch_size))
   assert len(batches) == -(-_COUNT // batch_size)
   for batch in batches:
     assert batch['image'].shape == (batch_size, 2, 3, 1)
@@ -119,15 +119,15 @@ def test_evaluation_yields_every_example_once(examples: Examples, batch_size: in
 
 def test_evaluation_in_processes_yields_as_many_batches_in_each(examples: Examples) -> None:
   # 23 = 2 * 9 + 5: the last process has nothing but padding left in the last batch.
-  shares = [list(eval_batches(examples, 9, process_index=i, process_count=3)) for i in range(3)]
+  shares = [list(eval_source(examples, 9, process_index=i, process_count=3)) for i in range(3)]
   assert [len(share) for share in shares] == [3, 3, 3]
   assert shares[2][-1]['mask'].tolist() == [0, 0, 0]
-  for global_batch, batches in zip(eval_batches(examples, 9), zip(*shares)):
+  for global_batch, batches in zip(eval_source(examples, 9), zip(*shares)):
     for key, whole in global_batch.items():
       np.testing.assert_array_equal(np.concatenate([batch[key] for batch in batches]), whole)
 
 
-@pytest.mark.parametrize('draw', [train_source, eval_batches])
+@pytest.mark.parametrize('draw', [train_source, eval_source])
 @pytest.mark.parametrize(
   ('batch_size', 'process', 'message'),
   [
@@ -155,3 +155,67 @@ def test_training_batch_larger_than_the_data(examples: Examples) -> None:
 def test_negative_seed(examples: Examples) -> None:
   with pytest.raises(ValueError, match='seed must be 0 or more, got -1'):
     train_source(examples, 8, seed=-1)
+
+
+# Repeated augmentation.
+
+
+class Positions:
+  """Examples whose batch tells index and position."""
+
+  image_shape, decodes = (1, 1, 1), False
+
+  def __init__(self, count: int) -> None:
+    self.count = self.num_classes = count
+
+  def __len__(self) -> int:
+    return self.count
+
+  def train_batch(self, indices, seed, positions):
+    return {'label': indices, 'position': np.array(positions)}
+
+
+@pytest.mark.parametrize(('count', 'batch_size', 'repeats'), [(24, 6, 3), (23, 7, 3), (10, 4, 2)])
+def test_an_epoch_has_its_first_examples_several_times(count, batch_size, repeats):
+  source = train_source(Positions(count), batch_size, seed=2, repeats=repeats)
+  once = train_source(Positions(count), batch_size, seed=2)
+  steps = 3 * count
+  drawn, order = (
+    {
+      int(p): int(i)
+      for step in range(steps)
+      for p, i in zip(s[step]['position'], s[step]['label'], strict=True)
+    }
+    for s in (source, once)
+  )
+  # Every position of the stream comes once, whatever its place in a batch.
+  assert sorted(drawn) == list(range(steps * batch_size))
+  for position, index in drawn.items():
+    epoch, place = divmod(position, count)
+    assert index == order[epoch * count + place // repeats]
+
+
+def test_copies_are_apart_within_a_batch() -> None:
+  source = train_source(Positions(60), 12, seed=2, repeats=3)
+  for step in range(10):
+    labels = source[step]['label']
+    assert np.all(labels[::2] != labels[1::2])  # which are mixed with each other
+    for copy in range(3):
+      assert len(set(labels[4 * copy : 4 * copy + 4])) == 4
+
+
+def test_shares_of_repeated_examples_are_the_global_batch() -> None:
+  whole = train_source(Positions(30), 6, seed=1, repeats=3)
+  shares = [
+    train_source(Positions(30), 6, seed=1, repeats=3, process_index=i, process_count=2)
+    for i in range(2)
+  ]
+  for step in range(12):
+    for name in ('label', 'position'):
+      together = np.concatenate([share[step][name] for share in shares])
+      np.testing.assert_array_equal(together, whole[step][name])
+
+
+def test_too_few_repeats_raise(examples: Examples) -> None:
+  with pytest.raises(ValueError, match='repeats must be 1 or more, got 0'):
+    train_source(examples, 4, seed=0, repeats=0)

@@ -14,8 +14,8 @@ from saq_jax.analysis import compare as module
 from saq_jax.analysis.compare import choose_rho, compare, run_comparison
 from saq_jax.analysis.comparison import METHODS, Scores
 from saq_jax.analysis.seeds import SeedScorer, SeedTrainer
-from saq_jax.data.source import eval_batches, train_source
-from saq_jax.training.config import ConfigError
+from saq_jax.data.source import eval_source, train_source
+from saq_jax.training.bounds import ConfigError
 from saq_jax.training.loop import DivergedError, PreemptedError
 from saq_jax.training.parsing import default_config, parse
 from saq_jax.training.signals import Stop
@@ -165,7 +165,7 @@ def test_scores_are_those_of_one_large_batch(config):
 
   @functools.partial(jax.jit, static_argnums=2)
   def loss(z, stats, examples):
-    (batch,) = eval_batches(examples, len(examples))
+    (batch,) = eval_source(examples, len(examples))
     seen = {'params': z['model'], 'batch_stats': stats}
     inputs = prepare_images(batch['image'], stage.step)
     logits = stage.network.model.apply(seen, inputs, train=False)

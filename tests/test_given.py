@@ -15,9 +15,10 @@ import torch_names
 from flax import traverse_util
 
 from saq_jax._paths import named_leaves
+from saq_jax.training.bounds import ConfigError
 from saq_jax.training.build import build_optimizer, build_slot
 from saq_jax.training.checkpoint import Checkpoints
-from saq_jax.training.config import ConfigError, SAQConfig, StageConfig
+from saq_jax.training.config import SAQConfig, StageConfig
 from saq_jax.training.given import given_weights
 from saq_jax.training.network import build_network
 from saq_jax.training.parsing import default_config, parse, to_json

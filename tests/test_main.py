@@ -221,7 +221,7 @@ def test_without_a_config_the_defaults_run():
     (['--config.quant.bits=None'], ('quant', 'bits', None)),
     (['--config.quant.bits', '3'], ('quant', 'bits', 3)),
     (['--config.compare.rhos=(0.1, 0.2)'], ('compare', 'rhos', (0.1, 0.2))),
-    (['--config.data.flip=true'], ('data', 'flip', True)),
+    (['--config.augment.flip=true'], ('augment', 'flip', True)),
     (['--config.quant_stage.clip_norm=1'], ('quant_stage', 'clip_norm', 1.0)),
     (['--config.data.data_dir=a=b'], ('data', 'data_dir', 'a=b')),
   ],

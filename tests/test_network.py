@@ -19,8 +19,9 @@ from saq_jax.models.preresnet import PreResNet
 from saq_jax.models.resnet import ResNet
 from saq_jax.models.swin import Swin
 from saq_jax.models.vit import ViT
+from saq_jax.training.bounds import ConfigError
 from saq_jax.training.build import build_optimizer, build_slot
-from saq_jax.training.config import ConfigError, ModelConfig, QuantConfig, SAQConfig, StageConfig
+from saq_jax.training.config import ModelConfig, QuantConfig, SAQConfig, StageConfig
 from saq_jax.training.families import READS, RESNET_DEPTHS, SIZES, check_model
 from saq_jax.training.network import FLOATING, build_network
 from saq_jax.training.state import new_state

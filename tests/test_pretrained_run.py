@@ -124,5 +124,7 @@ def test_a_damaged_image_is_named_and_ends_the_run(tmp_path, user_env):
   )
   assert done.returncode == 1, done.stdout + done.stderr
   last = done.stderr.strip().splitlines()[-1]
-  assert re.search(r'saq_jax: record \d+: its image cannot be decoded', last)
+  assert re.search(
+    r"saq_jax: imagenet2012 '\w+', record \d+ \(\w+_3\.JPEG\): its image cannot", last
+  )
   assert 'Traceback' not in done.stderr

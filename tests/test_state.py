@@ -10,8 +10,9 @@ import pytest
 from flax import traverse_util
 
 from saq_jax._paths import named_leaves
+from saq_jax.training.bounds import ConfigError
 from saq_jax.training.build import build_optimizer, build_slot
-from saq_jax.training.config import ConfigError, ModelConfig, QuantConfig, SAQConfig, StageConfig
+from saq_jax.training.config import ModelConfig, QuantConfig, SAQConfig, StageConfig
 from saq_jax.training.network import FLOATING, build_network
 from saq_jax.training.state import new_state, state_from_weights
 

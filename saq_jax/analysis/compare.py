@@ -14,13 +14,15 @@ from rich.console import Console
 from saq_jax.analysis.compare_report import comparison_tables, write_comparison
 from saq_jax.analysis.comparison import CASES, METHODS, Comparison, Runs, Scores
 from saq_jax.analysis.seeds import SeedScorer, SeedTrainer, Weights
+from saq_jax.data.builders import open_builder
 from saq_jax.data.datasets import Dataset
+from saq_jax.training.bounds import ConfigError
 from saq_jax.training.checkpoint import Checkpoints, restore_subtrees
-from saq_jax.training.config import ConfigError, ExperimentConfig
+from saq_jax.training.config import ExperimentConfig
+from saq_jax.training.inputs import load_split, load_splits, require_enough
 from saq_jax.training.loop import DivergedError, PreemptedError
 from saq_jax.training.progress import Progress
 from saq_jax.training.signals import Stop
-from saq_jax.training.stages import load_split, load_splits
 from saq_jax.training.workdir import write_json
 
 
@@ -177,17 +179,13 @@ def _splits(config: ExperimentConfig) -> tuple[Dataset, Dataset, Dataset]:
   if jax.process_count() > 1:
     raise ConfigError('config.compare.seeds: a comparison runs in a single process.')
   train, test = load_splits(config)
-  if data.batch_size > len(train):
-    raise ConfigError(
-      f'config.data.batch_size={data.batch_size} is larger than the {len(train)} examples of '
-      f'{data.train_split!r}: make it smaller.'
-    )
+  require_enough(config, train)
   try:
-    validation = load_split(data, settings.validation_split)
+    validation = load_split(config, settings.validation_split)
   except (ValueError, OSError) as error:
     raise ConfigError(f'config.compare.validation_split: {error}') from error
-  infos = tfds.builder(data.name, data_dir=data.data_dir).info.splits
-  for split in (data.train_split, data.eval_split):
+  infos = open_builder(data.name, data.data_dir).info.splits
+  for split in data.splits:
     if _examples_of(split, infos) & _examples_of(settings.validation_split, infos):
       raise ConfigError(
         f'config.compare.validation_split={settings.validation_split!r} overlaps {split!r}: '

@@ -17,9 +17,12 @@ from rich.table import Table
 
 from saq_jax.analysis.cost import ModelSize, ProductCost, model_size, product_costs
 from saq_jax.data.digits import Digits
+from saq_jax.data.folder import FOLDER, folder_builder
 from saq_jax.pretrained.load import model_leaves
-from saq_jax.training.config import ConfigError, DataConfig, ExperimentConfig
-from saq_jax.training.flags import UsageError, read_flags
+from saq_jax.training.bounds import ConfigError
+from saq_jax.training.config import ExperimentConfig
+from saq_jax.training.data_config import DataConfig
+from saq_jax.training.flags import UsageError, read_flags, take_flag
 from saq_jax.training.network import build_network
 
 HELP = """\
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(HELP, end='')
     return 0
   try:
-    target = _take(arguments, '--json')
+    target = take_flag(arguments, '--json')
     config, name, workdir = read_flags(arguments)
     if workdir is not None:
       raise UsageError('--workdir is not a flag of this program; see --help.')
@@ -94,6 +97,8 @@ def experiment_costs(config: ExperimentConfig) -> dict[str, Any]:
 def image_shape(data: DataConfig) -> tuple[tuple[int, ...], int]:
   """Tells the shape of the images and the number of classes of a dataset that may not be there.
 
+  A folder of the user's must be prepared.
+
   Args:
     data: the settings of the data.
 
@@ -104,14 +109,18 @@ def image_shape(data: DataConfig) -> tuple[tuple[int, ...], int]:
     ConfigError: for an unknown dataset, or images of no fixed shape and no `image_size`.
   """
   try:
-    make = Digits if data.name == Digits.name else tfds.builder_cls(data.name)
-    features = make(data_dir=data.data_dir).info.features
+    if data.name.startswith(FOLDER):
+      features = folder_builder(data.name, data.data_dir).info.features
+    else:
+      make = Digits if data.name == Digits.name else tfds.builder_cls(data.name)
+      features = make(data_dir=data.data_dir).info.features
     shape, classes = features['image'].shape, features['label'].num_classes
   except (ValueError, KeyError, AttributeError, ImportError) as error:
     reason = str(error).strip().splitlines()[0]
     raise ConfigError(
       f'config.data.name={data.name!r}: not an image dataset ({reason}).'
     ) from error
+  classes = len(data.classes) or classes
   if data.image_size is not None:
     return (data.image_size, data.image_size, shape[-1]), classes
   if None in shape:
@@ -197,19 +206,6 @@ def _figures(
     'weight_bytes': sum(layer['weight_bytes'] or 0 for layer in layers),
     'model_bytes': size.bytes,
   }
-
-
-def _take(arguments: list[str], flag: str) -> str | None:
-  """Takes a flag and its value out of the arguments."""
-  for i, argument in enumerate(arguments):
-    name, equals, text = argument.partition('=')
-    if name == flag:
-      if not equals and i + 1 == len(arguments):
-        raise UsageError(f'{flag} needs a value: {flag}=VALUE.')
-      value = text if equals else arguments.pop(i + 1)
-      del arguments[i]
-      return value
-  return None
 
 
 if __name__ == '__main__':

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from saq_jax.analysis.cost_table import experiment_costs, short
-from saq_jax.training.config import DataConfig, ExperimentConfig, ModelConfig, QuantConfig
+from saq_jax.training.config import ExperimentConfig, ModelConfig, QuantConfig
+from saq_jax.training.data_config import DataConfig
 
 _CIFAR = DataConfig(name='cifar100')
 _IMAGENET = DataConfig(name='imagenet2012', image_size=224)

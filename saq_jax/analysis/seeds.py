@@ -13,7 +13,7 @@ from saq_jax._paths import PyTree
 from saq_jax.analysis.comparison import CASES, Scores
 from saq_jax.analysis.sharpness import sharpness
 from saq_jax.data.datasets import Dataset
-from saq_jax.data.source import eval_batches, train_source
+from saq_jax.data.source import eval_source, train_source
 from saq_jax.training.config import ExperimentConfig
 from saq_jax.training.loop import Stage
 from saq_jax.training.stages import make_stage
@@ -83,7 +83,10 @@ class SeedTrainer:
     begin = self._begin.setdefault(weights is None, _compiled_begin(stage, weights))
     step = self._step.setdefault(method, self._compiled_step(method))
     offsets = [self._config.seed + seed for seed in seeds]
-    sources = [train_source(self._train, stage.batch_size, seed=seed) for seed in offsets]
+    sources = [
+      train_source(self._train, stage.batch_size, seed=seed, repeats=stage.repeats)
+      for seed in offsets
+    ]
     state = begin(jnp.array(offsets, jnp.uint32), _stack(sources, 0)['image'], weights)
     before: Array | None = None
     for t in range(stage.total_steps):
@@ -121,7 +124,7 @@ class SeedScorer:
   ) -> None:
     self._stage, self._rho = stage, rho
     self._train, self._validation, self._test = (
-      [jax.device_put(batch) for batch in eval_batches(split, stage.eval_batch_size)]
+      [jax.device_put(batch) for batch in eval_source(split, stage.eval_batch_size)]
       for split in (train, validation, test)
     )
     self._quantize = jax.jit(jax.vmap(stage.network.quantize))

@@ -1,17 +1,17 @@
 """Labelled images: whole in memory, or encoded on disk and decoded when a batch asks for them."""
 
-import contextlib
 import dataclasses
-import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 
-from saq_jax.data.digits import Digits, prepare_digits
-from saq_jax.data.records import Batch, Records, Resizing
+from saq_jax.data.builders import errors_only, open_builder, open_split
+from saq_jax.data.classes import OfClasses, find_classes
+from saq_jax.data.randaugment import RandAugment
+from saq_jax.data.records import Batch, Records
+from saq_jax.data.resize import Resizing
 
 
 class Dataset(Protocol):
@@ -24,6 +24,10 @@ class Dataset(Protocol):
   @property
   def image_shape(self) -> tuple[int, ...]:
     """The shape of an image of a batch, [H, W, C]."""
+
+  @property
+  def decodes(self) -> bool:
+    """Whether a batch takes work that is worth processes of its own."""
 
   def __len__(self) -> int: ...
 
@@ -94,6 +98,11 @@ class Examples:
     """The shape of an image, [H, W, C]."""
     return self.images.shape[1:]
 
+  @property
+  def decodes(self) -> bool:
+    """The images are there as they are."""
+    return False
+
   def train_batch(self, indices: np.ndarray, seed: int, positions: Sequence[int]) -> Batch:
     """Picks examples to train on.
 
@@ -120,24 +129,27 @@ class Examples:
     return {'image': self.images[indices], 'label': self.labels[indices]}
 
 
-def load_examples(name: str, split: str, data_dir: str | None = None) -> Examples:
-  """Reads a tfds image-classification dataset that fits in memory, in its stored order.
+def load_examples(
+  name: str, split: str, data_dir: str | None = None, classes: Sequence[str] = ()
+) -> Examples:
+  """Reads a dataset that fits in memory, in its stored order.
 
-  'digits' is prepared on first use, in a second. Any other dataset must have been prepared as
-  array_record, and have an 'image' of one fixed shape and a 'label'.
+  'digits' is prepared on first use, in a second. Any other dataset must have been prepared
+  (`python -m saq_jax.data.prepare`), and have an 'image' of one fixed shape and a 'label'.
 
   Args:
-    name: tfds's name of the dataset, such as 'digits', 'cifar10' or 'cifar10:3.0.2'.
+    name: 'digits', 'folder:PATH' or tfds's name of a dataset, such as 'cifar10' or 'cifar10:3.0.2'.
     split: A split in tfds's notation, such as 'train', 'train[:80%]' or 'train+test'.
     data_dir: tfds's data directory; None is tfds's default, `~/tensorflow_datasets` or
       `$TFDS_DATA_DIR`.
+    classes: names of the classes to read, which are numbered anew in this order; () is all.
 
   Returns:
     The split's examples.
 
   Raises:
-    ValueError: The dataset is unknown, not prepared or of another kind, or the split is unknown or
-      empty.
+    ValueError: The dataset is unknown, not prepared or of another kind, the split is unknown or
+      empty, or a class is unknown.
     PermissionError: The digits are not prepared and `data_dir` cannot be written.
 
   Example:
@@ -147,31 +159,46 @@ def load_examples(name: str, split: str, data_dir: str | None = None) -> Example
     >>> examples.images.shape, examples.num_classes
     ((719, 8, 8, 1), 10)
   """
-  builder = _builder(name, data_dir)
+  builder = open_builder(name, data_dir)
   image = builder.info.features['image']
   if None in image.shape:
     raise ValueError(
       f'dataset {name!r} has images {image.shape}: only images of one fixed shape are held in'
       ' memory; set config.data.image_size to bring them to one size as they are read'
     )
-  records = _open_split(builder, name, split, decoders=None)
+  records, count = _chosen(builder, name, split, classes, decoders=None)
   images = np.empty((len(records), *image.shape), np.uint8)
   labels = np.empty(len(records), np.int32)
-  with _errors_only():
+  with errors_only():
     # A plain loop: grain's threads, measured, took twice as long over images this small.
-    for index, record in enumerate(records):
+    for index in range(len(records)):
+      record = records[index]
       images[index], labels[index] = record['image'], record['label']
-  return Examples(images, labels, builder.info.features['label'].num_classes)
+  return Examples(images, labels, count)
 
 
-def load_records(name: str, split: str, data_dir: str | None, resizing: Resizing) -> Records:
-  """Opens a tfds image-classification dataset whose images are decoded batch by batch.
+def load_records(
+  name: str,
+  split: str,
+  data_dir: str | None,
+  resizing: Resizing,
+  *,
+  classes: Sequence[str] = (),
+  rand_augment: RandAugment | None = None,
+  flip: bool = False,
+  skip_damaged: bool = False,
+) -> Records:
+  """Opens a dataset whose images are decoded batch by batch.
 
   Args:
     name: as in `load_examples`.
     split: as in `load_examples`.
     data_dir: as in `load_examples`.
     resizing: how the images come to one size.
+    classes: as in `load_examples`.
+    rand_augment: as in `Records`, like the rest.
+    flip: mirrors training images at random.
+    skip_damaged: goes on without damaged images.
 
   Returns:
     The split's records.
@@ -179,94 +206,35 @@ def load_records(name: str, split: str, data_dir: str | None, resizing: Resizing
   Raises:
     ValueError: as `load_examples`.
   """
-  builder = _builder(name, data_dir)
+  builder = open_builder(name, data_dir)
   features = builder.info.features
   decoders = {
     key: tfds.decode.SkipDecoding()
     for key, feature in features.items()
     if isinstance(feature, tfds.features.Image)
   }
-  records = _open_split(builder, name, split, decoders)
-  return Records(records, features['label'].num_classes, features['image'].shape[-1], resizing)
+  records, count = _chosen(builder, name, split, classes, decoders)
+  return Records(
+    records,
+    count,
+    features['image'].shape[-1],
+    resizing,
+    rand_augment=rand_augment,
+    flip=flip,
+    skip_damaged=skip_damaged,
+    name=f'{name} {split!r}',
+  )
 
 
-def _builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-  """The builder of a dataset that is on disk and has images and classes."""
-  builder = prepare_digits(data_dir) if name == Digits.name else _prepared_builder(name, data_dir)
-  _check_features(name, builder.info.features)
-  return builder
-
-
-def _open_split(
+def _chosen(
   builder: tfds.core.DatasetBuilder,
   name: str,
   split: str,
+  classes: Sequence[str],
   decoders: dict[str, tfds.decode.Decoder] | None,
-) -> Sequence[Any]:
-  """The records of a split; ValueError if there are none."""
-  try:
-    count = builder.info.splits[split].num_examples
-  except (ValueError, KeyError, NotImplementedError) as error:
-    raise ValueError(
-      f'dataset {name!r} has no split {split!r}: name one of {sorted(builder.info.splits)} or a'
-      " slice within one, such as 'train[:80%]'"
-    ) from error
-  if not count:
-    raise ValueError(f'split {split!r} of dataset {name!r} is empty: widen its slice')
-  try:
-    return builder.as_data_source(split, decoders=decoders)
-  except NotImplementedError as error:
-    raise ValueError(
-      f'{builder.data_dir} holds {builder.info.file_format.value} files, which need TensorFlow:'
-      ' prepare the dataset as array_record in another data_dir'
-    ) from error
-
-
-def _prepared_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-  """Returns tfds's builder of a dataset that is on disk."""
-  try:
-    builder = tfds.builder(name, data_dir=data_dir)
-  except (ValueError, AssertionError, ImportError) as error:
-    reason = str(error).strip().split('\n')[0]
-    known = [Digits.name, *tfds.list_builders(with_community_datasets=False)]
-    near = difflib.get_close_matches(name, known)
-    raise ValueError(
-      f'cannot load dataset {name!r} ({reason}): name one of tfds.list_builders()'
-      + (f', perhaps {near[0]!r}' if near else '')
-    ) from error
-  # tfds warns when asked is_prepared() of a directory that is not there.
-  if not (builder.data_path.exists() and builder.is_prepared()):
-    where = f' --data_dir={data_dir}' if data_dir else ''
-    raise ValueError(
-      f"dataset {name!r} is not prepared in {builder.data_dir}: pip install 'saq_jax[prepare]' and"
-      f' run `tfds build {name} --file_format=array_record{where}`'
-    )
-  return builder
-
-
-@contextlib.contextmanager
-def _errors_only() -> Iterator[None]:
-  """Keeps back tfds's advice to install OpenCV, which is logged as a warning."""
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)
-  try:
-    yield
-  finally:
-    logging.set_verbosity(verbosity)
-
-
-def _check_features(name: str, features: tfds.features.FeatureConnector) -> None:
-  """Raises ValueError unless there are a class and a uint8 image."""
-  keys = sorted(features.keys()) if isinstance(features, tfds.features.FeaturesDict) else []
-  if not {'image', 'label'} <= set(keys):
-    raise ValueError(f"dataset {name!r} has features {keys}: it needs an 'image' and a 'label'")
-  image, label = features['image'], features['label']
-  if (
-    not isinstance(image, tfds.features.Image)
-    or not isinstance(label, tfds.features.ClassLabel)
-    or image.np_dtype != np.uint8
-  ):
-    raise ValueError(
-      f'dataset {name!r} has image {image!r} and label {label!r}: only a ClassLabel and uint8'
-      ' images are read'
-    )
+) -> tuple[Sequence[dict[str, Any]], int]:
+  """The records of a split that are of the classes, and how many classes there are."""
+  records = open_split(builder, name, split, decoders)
+  if not classes:
+    return records, builder.info.features['label'].num_classes
+  return OfClasses(records, *find_classes(builder, split, classes)), len(classes)

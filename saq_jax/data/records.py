@@ -1,42 +1,19 @@
-"""Images of any size, decoded and brought to one size when a batch asks for them."""
+"""Encoded images of any size, decoded and brought to one size when a batch asks for them."""
 
-import concurrent.futures
 import dataclasses
-import io
-import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from PIL import Image
+
+from saq_jax.data.decode import RecordError, decode, decode_part, from_pil, to_pil
+from saq_jax.data.randaugment import RandAugment
+from saq_jax.data.resize import DRAWS, Resizing, centre, random_box, resize
 
 Batch = dict[str, np.ndarray]
-Box = tuple[float, float, float, float]
 
-_TRIES = 10
-_LOG_RATIO = math.log(4 / 3)
-_FILTERS = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
-
-
-class RecordError(ValueError):
-  """A record that cannot be used; the message says which and why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Resizing:
-  """How images come to one size.
-
-  Attributes:
-    size: side of the square that the model sees.
-    resize: to evaluate, the shorter side before the centre is cut out; at least `size`.
-    crop_scale: to train, least and largest share of the area that a random crop takes.
-    interpolation: 'bilinear' or 'bicubic'.
-  """
-
-  size: int = 224
-  resize: int = 256
-  crop_scale: tuple[float, float] = (0.08, 1.0)
-  interpolation: Literal['bilinear', 'bicubic'] = 'bilinear'
+# Keeps the bits of an example's augmentation apart from those that order the examples.
+_AUGMENTATION = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,19 +21,33 @@ class Records:
   """A labelled set of encoded images.
 
   Attributes:
-    records: a random-access sequence of {'image': bytes, 'label': int}.
+    records: a random-access sequence of {'image': bytes, 'label': int}; messages have the
+      'file_name' where there is one.
     num_classes: the number of classes.
     channels: 3, or 1 for grey images.
     resizing: how images come to one size.
+    rand_augment: of training images; None for none.
+    flip: mirrors a training image with probability one half, before `rand_augment`.
+    skip_damaged: takes the next sound image where one is damaged; else that is an error.
+    name: of the set, for messages.
   """
 
   records: Sequence[dict[str, Any]]
   num_classes: int
   channels: int
   resizing: Resizing
+  rand_augment: RandAugment | None = None
+  flip: bool = False
+  skip_damaged: bool = False
+  name: str = 'dataset'
 
   def __len__(self) -> int:
     return len(self.records)
+
+  @property
+  def decodes(self) -> bool:
+    """Images are decoded for each batch, which is worth worker processes."""
+    return True
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -64,27 +55,35 @@ class Records:
     return self.resizing.size, self.resizing.size, self.channels
 
   def train_batch(self, indices: np.ndarray, seed: int, positions: Sequence[int]) -> Batch:
-    """Decodes examples and cuts a random part out of each, as a pure function of the arguments.
+    """Decodes examples and augments them, as a pure function of the arguments.
+
+    A random part is cut out of each image and brought to the size of all.
 
     Args:
       indices: of the examples, [b].
-      seed: of the crops.
-      positions: of the examples in the whole stream, [b]; with the seed they give the crops.
+      seed: of the augmentation.
+      positions: of the examples in the whole stream, [b]; with the seed they give its draws.
 
     Returns:
-      {'image': uint8 [b, size, size, C], 'label': int32 [b]}.
+      {'image': uint8 [b, size, size, C], 'label': int32 [b]}; with `skip_damaged` also 'damaged',
+      bool [b], true where the example's image is another one's in its place.
 
     Raises:
       RecordError: an image cannot be decoded, or a label is not a class.
     """
-
-    def one(index: int, position: int) -> tuple[np.ndarray, int]:
-      image, label = self._decode(index)
-      draws = _uniform(seed, position, 4 * _TRIES)
-      box = random_box(image.width, image.height, draws, self.resizing.crop_scale)
-      return self._scaled(image, (self.resizing.size,) * 2, box), label
-
-    return _stacked(one, indices, positions)
+    batch = self._empty(len(indices))
+    for row, (index, position) in enumerate(zip(indices.tolist(), positions, strict=True)):
+      draws = _uniform(seed, position, self._num_draws)
+      for attempt in range(len(self)):
+        try:
+          label = self._augment((index + attempt) % len(self), draws, batch['image'][row])
+          break
+        except RecordError:
+          if not self.skip_damaged or attempt + 1 == len(self):
+            raise
+          batch['damaged'][row] = True
+      batch['label'][row] = label
+    return batch
 
   def eval_batch(self, indices: np.ndarray) -> Batch:
     """Decodes examples, scales the shorter side to `resize` and cuts out the centre.
@@ -93,81 +92,85 @@ class Records:
       indices: of the examples, [b].
 
     Returns:
-      As `train_batch`.
+      As `train_batch`; a damaged image is black, and no other one stands in for it.
 
     Raises:
       RecordError: an image cannot be decoded, or a label is not a class.
     """
+    batch, sizes = self._empty(len(indices)), self.resizing
+    for row, index in enumerate(indices.tolist()):
+      try:
+        data, batch['label'][row] = self._read(index)
+        pixels = self._named(index, decode, data, self.channels)
+        batch['image'][row] = centre(pixels, sizes.size, sizes.resize, sizes.interpolation)
+      except RecordError:
+        if not self.skip_damaged:
+          raise
+        batch['damaged'][row] = True
+    return batch
 
-    def one(index: int) -> tuple[np.ndarray, int]:
-      image, label = self._decode(index)
-      short, size = min(image.size), self.resizing.size
-      width, height = (int(self.resizing.resize * side / short) for side in image.size)
-      pixels = self._scaled(image, (width, height), (0, 0, *image.size))
-      top, left = (round((side - size) / 2) for side in (height, width))
-      return pixels[top : top + size, left : left + size], label
+  def _empty(self, count: int) -> Batch:
+    """A batch to fill."""
+    batch: Batch = {
+      'image': np.zeros((count, *self.image_shape), np.uint8),
+      'label': np.zeros(count, np.int32),
+    }
+    if self.skip_damaged:
+      batch['damaged'] = np.zeros(count, bool)
+    return batch
 
-    return _stacked(one, indices)
+  @property
+  def _num_draws(self) -> int:
+    """Random numbers an example: of the crop, the flip and RandAugment."""
+    return DRAWS + 1 + (self.rand_augment.num_draws if self.rand_augment else 0)
 
-  def _decode(self, index: int) -> tuple[Image.Image, int]:
-    """One image in its own size, in RGB or grey, and its label."""
-    record = self.records[int(index)]
+  def _augment(self, index: int, draws: np.ndarray, out: np.ndarray) -> int:
+    """Writes a training image, [size, size, C], and gives its label."""
+    data, label = self._read(index)
+    sizes = self.resizing
+    pixels = self._named(
+      index,
+      decode_part,
+      data,
+      self.channels,
+      lambda width, height: random_box(width, height, draws[:DRAWS], sizes.crop_scale),
+      fast=sizes.interpolation == 'fast',
+      size=sizes.size,
+    )
+    resize(pixels, sizes.size, sizes.size, sizes.interpolation, out)
+    if self.flip and draws[DRAWS] < 0.5:
+      out[...] = out[:, ::-1].copy()
+    if self.rand_augment:
+      out[...] = from_pil(self.rand_augment(to_pil(out), draws[DRAWS + 1 :]))
+    return label
+
+  def _read(self, index: int) -> tuple[bytes, int]:
+    """An image file and its label."""
+    record = self.records[index]
     label = int(record['label'])
     if not 0 <= label < self.num_classes:
-      raise RecordError(f'record {index}: label {label} is not one of {self.num_classes} classes')
+      raise RecordError(
+        f'{self._title(index)}: label {label} is not one of {self.num_classes} classes'
+      )
+    return record['image'], label
+
+  def _named(self, index: int, decode_fn: Callable[..., np.ndarray], *args: Any, **kw: Any) -> Any:
+    """What the function gives, or an error that names the record."""
     try:
-      image = Image.open(io.BytesIO(record['image']))
-      return image.convert('L' if self.channels == 1 else 'RGB'), label
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-      raise RecordError(f'record {index}: its image cannot be decoded ({error})') from error
+      return decode_fn(*args, **kw)
+    except RecordError as error:
+      raise RecordError(
+        f'{self._title(index)}: {error}; config.data.skip_damaged=True leaves such images out'
+      ) from error
 
-  def _scaled(self, image: Image.Image, size: tuple[int, int], box: Box) -> np.ndarray:
-    """A part of an image at another size, uint8 [H, W, C]."""
-    scaled = image.resize(size, _FILTERS[self.resizing.interpolation], box)
-    return np.asarray(scaled).reshape(size[1], size[0], self.channels)
-
-
-def random_box(width: int, height: int, draws: np.ndarray, scale: tuple[float, float]) -> Box:
-  """Chooses a part of an image: Inception's random crop (arXiv 1409.4842), as torchvision's.
-
-  Ten times, an area of `scale` times the image's and a log-uniform aspect ratio from 3/4 to 4/3
-  are drawn; the first pair that fits is put at a uniform place. Where none fits: the largest part
-  in the centre whose aspect ratio is within those limits.
-
-  Args:
-    width: of the image, pixels.
-    height: of the image, pixels.
-    draws: uniform numbers in [0, 1), [40].
-    scale: least and largest share of the area.
-
-  Returns:
-    (left, top, right, bottom) in pixels.
-
-  Example:
-    >>> random_box(400, 300, np.full(40, 0.5), (0.5, 0.5))
-    (78.0, 28.0, 323.0, 273.0)
-  """
-  for share, ratio, x, y in draws.reshape(_TRIES, 4):
-    area = width * height * (scale[0] + share * (scale[1] - scale[0]))
-    aspect = math.exp((2 * ratio - 1) * _LOG_RATIO)
-    w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-    if 0 < w <= width and 0 < h <= height:
-      left, top = math.floor(x * (width - w + 1)), math.floor(y * (height - h + 1))
-      return float(left), float(top), float(left + w), float(top + h)
-  limit = 4 / 3
-  w, h = min(width, round(height * limit)), min(height, round(width * limit))
-  left, top = (width - w) // 2, (height - h) // 2
-  return float(left), float(top), float(left + w), float(top + h)
+  def _title(self, index: int) -> str:
+    """What a reader calls a record."""
+    file_name = self.records[index].get('file_name')
+    file = f' ({file_name.decode() if isinstance(file_name, bytes) else file_name})'
+    return f'{self.name}, record {index}' + (file if file_name else '')
 
 
 def _uniform(seed: int, position: int, count: int) -> np.ndarray:
   """Uniform numbers in [0, 1) that belong to one place of the stream."""
-  bits = np.random.Philox(np.random.SeedSequence((seed, position))).random_raw(count)
-  return (bits >> np.uint64(11)) * 2.0**-53
-
-
-def _stacked(one: Any, *columns: Sequence[int] | np.ndarray) -> Batch:
-  """A batch of `one` at every row; PIL decodes and scales outside of Python's lock."""
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    images, labels = zip(*pool.map(one, *columns))
-  return {'image': np.stack(images), 'label': np.array(labels, np.int32)}
+  sequence = np.random.SeedSequence((seed, position, _AUGMENTATION))
+  return (np.random.Philox(sequence).random_raw(count) >> np.uint64(11)) * 2.0**-53

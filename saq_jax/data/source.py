@@ -2,7 +2,6 @@
 
 import functools
 import sys
-from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -16,6 +15,7 @@ def train_source(
   batch_size: int,
   *,
   seed: int,
+  repeats: int = 1,
   process_index: int = 0,
   process_count: int = 1,
 ) -> grain.MapDataset:
@@ -29,12 +29,18 @@ def train_source(
   and an epoch may end within a batch. A process takes its own contiguous share of each batch, so
   the shares put end to end are the batch that one process alone would draw.
 
+  With `repeats` r, an epoch has as many positions as before, but r of them in a row have the same
+  example, each augmented anew (repeated augmentation, arXiv 1901.09335, as DeiT has it): one r-th
+  of the examples comes in an epoch, drawn anew for each. Within a batch the first copies stand
+  together, then the second ones, and so on: neighbours are different examples.
+
   The permutations come from Philox bits, whose stream NumPy keeps fixed across versions.
 
   Args:
     examples: The examples.
     batch_size: Examples a step over all processes; a multiple of `process_count`, at most N.
     seed: Any integer >= 0.
+    repeats: r, at least 1.
     process_index: This process, 0..process_count - 1.
     process_count: The number of processes that share each batch.
 
@@ -43,7 +49,7 @@ def train_source(
     b = batch_size // process_count. `source[t]` is step t and `source[t:]` resumes there.
 
   Raises:
-    ValueError: A batch size, process or seed that breaks the above.
+    ValueError: A batch size, process, seed or number of repeats that breaks the above.
 
   Example:
     >>> from saq_jax.data.datasets import Examples
@@ -61,26 +67,33 @@ def train_source(
     raise ValueError(f'batch_size {batch_size} exceeds the {count} examples: lower it')
   if seed < 0:
     raise ValueError(f'seed must be 0 or more, got {seed}')
+  if repeats < 1:
+    raise ValueError(f'repeats must be 1 or more, got {repeats}')
 
   # One element is one whole batch: grain's cost an element is then paid once a step.
   def take(step: int) -> Batch:
     # Python's integers: a step may be near the largest that 64 bits hold.
-    epoch, start = divmod(int(step) * batch_size + share.start, count)
-    stop = start + share.stop - share.start
-    indices = _permutation(seed, epoch, count)[start:stop]
-    if stop > count:
-      indices = np.concatenate([indices, _permutation(seed, epoch + 1, count)[: stop - count]])
-    return examples.train_batch(indices, seed, [epoch * count + i for i in range(start, stop)])
+    epoch, start = divmod(int(step) * batch_size, count)
+    places = np.arange(start, start + batch_size)
+    places = places[np.argsort((places % count) % repeats, kind='stable')][share]
+    indices = np.empty(len(places), np.int64)
+    for turn in range(2):
+      here = places // count == turn
+      if here.any():
+        order = _permutation(seed, epoch + turn, count)
+        indices[here] = order[places[here] % count // repeats]
+    first = epoch * count
+    return examples.train_batch(indices, seed, [first + place for place in places.tolist()])
 
   return grain.MapDataset.range(sys.maxsize).map(take)
 
 
-def eval_batches(
+def eval_source(
   examples: Dataset, batch_size: int, *, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
+) -> grain.MapDataset:
   """Returns every example exactly once, in order, in batches of one shape.
 
-  The last batch is padded with zeros; every process yields ceil(N / batch_size) batches, some of
+  The last batch is padded with zeros; every process has ceil(N / batch_size) batches, some of
   which may be padding alone.
 
   Args:
@@ -90,8 +103,9 @@ def eval_batches(
     process_count: The number of processes that share each batch.
 
   Returns:
-    An iterator over {'image': uint8 [b, H, W, C], 'label': int32 [b], 'mask': float32 [b]} with
-    b = batch_size // process_count; the mask is 1 for an example and 0 for padding.
+    A dataset of {'image': uint8 [b, H, W, C], 'label': int32 [b], 'mask': float32 [b]} with
+    b = batch_size // process_count; the mask is 1 for an example and 0 for padding and for a
+    damaged example, where those are left out; then there is 'damaged' as well, bool [b].
 
   Raises:
     ValueError: A batch size or process that breaks the above.
@@ -99,28 +113,29 @@ def eval_batches(
   Example:
     >>> from saq_jax.data.datasets import Examples
     >>> examples = Examples(np.zeros((5, 8, 8, 1), np.uint8), np.arange(5, dtype=np.int32), 5)
-    >>> [batch['mask'].tolist() for batch in eval_batches(examples, 3)]
+    >>> [batch['mask'].tolist() for batch in eval_source(examples, 3)]
     [[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]]
   """
-  # Checked here and not in a generator, which would raise at the first batch only.
   share = _share(batch_size, process_index, process_count)
-  starts = range(share.start, share.start + len(examples), batch_size)
-  return (_padded(examples, start, share.stop - share.start) for start in starts)
+  size = share.stop - share.start
+
+  def take(batch: int) -> Batch:
+    return _padded(examples, batch * batch_size + share.start, size)
+
+  return grain.MapDataset.range(-(-len(examples) // batch_size)).map(take)
 
 
 def _padded(examples: Dataset, start: int, size: int) -> Batch:
   """Returns the `size` examples from `start` on, with zeros and a zero mask past the last."""
-  found = np.arange(start, min(start + size, len(examples)))
-  missing = size - len(found)
-  shape = (size, *examples.image_shape)
-  if not len(found):
-    empty = np.zeros(size, np.int32)
-    return {'image': np.zeros(shape, np.uint8), 'label': empty, 'mask': np.zeros(size, np.float32)}
+  found = np.arange(min(start, len(examples)), min(start + size, len(examples)))
   batch = examples.eval_batch(found)
+  mask = np.ones(len(found), np.float32)
+  if 'damaged' in batch:
+    mask -= batch['damaged']
+  missing = size - len(found)
   return {
-    'image': np.pad(batch['image'], [(0, missing), (0, 0), (0, 0), (0, 0)]),
-    'label': np.pad(batch['label'], (0, missing)),
-    'mask': np.pad(np.ones(len(found), np.float32), (0, missing)),
+    name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+    for name, array in {**batch, 'mask': mask}.items()
   }
 
 

@@ -5,61 +5,12 @@ fills these from a config file; nothing beyond it ever sees a ConfigDict.
 """
 
 import dataclasses
-import math
-from typing import Any, Literal
+from typing import Literal
 
-
-class ConfigError(ValueError):
-  """A configuration that cannot be run; the message says what to change."""
-
-
-ABOVE_0 = math.nextafter(0.0, 1.0)
-
-
-def _within(default: Any, low: float, high: float = math.inf) -> Any:
-  """A field that must be a finite number (or several) from `low` to `high`."""
-  return dataclasses.field(default=default, metadata={'low': low, 'high': high})
-
+from saq_jax.training.bounds import ABOVE_0, within
+from saq_jax.training.data_config import AugmentConfig, DataConfig
 
 QuantizerName = Literal['lsq', 'liq', 'pact', 'dorefa']
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """Which examples, and how they reach the model.
-
-  Attributes:
-    name: 'digits' or a tfds dataset that has been prepared.
-    data_dir: the tfds data dir; None is tfds's own (~/tensorflow_datasets).
-    train_split: a tfds split, slices as in 'train[:80%]' too.
-    eval_split: the split of the final figures.
-    batch_size: the global batch.
-    eval_batch_size: the global batch of an evaluation; the last one is padded and masked.
-    mean: of the channels, of pixels in 0 to 1.
-    std: of the channels.
-    pad_crop: pixels of zero padding before a random crop of the old size; 0 is none.
-    flip: random horizontal flips.
-    image_size: side of the square that images are brought to: a random part of the image to train
-      (Inception's crop, `crop_scale`), the centre to evaluate (`resize`). None: as they are stored.
-    resize: the shorter side of an image before its centre is cut out to evaluate.
-    crop_scale: least and largest share of the image's area that a random crop takes.
-    interpolation: 'bilinear' or 'bicubic', of both.
-  """
-
-  name: str = 'digits'
-  data_dir: str | None = None
-  train_split: str = 'train'
-  eval_split: str = 'test'
-  batch_size: int = _within(64, 1)
-  eval_batch_size: int = _within(256, 1)
-  mean: tuple[float, ...] = (0.305,)
-  std: tuple[float, ...] = _within((0.376,), ABOVE_0)
-  pad_crop: int = _within(1, 0, 64)
-  flip: bool = False
-  image_size: int | None = _within(None, 1)
-  resize: int = _within(256, 1)
-  crop_scale: tuple[float, ...] = _within((0.08, 1.0), ABOVE_0, 1)
-  interpolation: Literal['bilinear', 'bicubic'] = 'bilinear'
 
 
 ModelName = Literal[
@@ -95,16 +46,16 @@ class ModelConfig:
 
   name: ModelName = 'preresnet'
   size: Literal['Ti', 'T', 'S', 'B', 'L'] | None = None
-  depth: int | None = _within(None, 1)
-  width: int | None = _within(None, 1)
-  heads: int | None = _within(None, 1)
-  patch: int | None = _within(None, 1)
+  depth: int | None = within(None, 1)
+  width: int | None = within(None, 1)
+  heads: int | None = within(None, 1)
+  patch: int | None = within(None, 1)
   distilled: bool = False
-  dropout: float = _within(0.0, 0, 0.999)
-  attn_dropout: float = _within(0.0, 0, 0.999)
-  drop_path: float = _within(0.0, 0, 0.999)
+  dropout: float = within(0.0, 0, 0.999)
+  attn_dropout: float = within(0.0, 0, 0.999)
+  drop_path: float = within(0.0, 0, 0.999)
   padding: Literal['torch', 'same'] | None = None
-  norm_eps: float | None = _within(None, ABOVE_0)
+  norm_eps: float | None = within(None, ABOVE_0)
   remat: bool = False
   dtype: Literal['float32', 'bfloat16'] = 'float32'
 
@@ -128,11 +79,11 @@ class QuantConfig:
 
   weights: QuantizerName = 'liq'
   acts: QuantizerName = 'liq'
-  bits: int | None = _within(4, 2, 8)
-  act_bits: int | None = _within(4, 2, 8)
-  first_bits: int | None = _within(8, 2, 8)
-  first_act_bits: int | None = _within(None, 2, 8)
-  last_bits: int | None = _within(8, 2, 8)
+  bits: int | None = within(4, 2, 8)
+  act_bits: int | None = within(4, 2, 8)
+  first_bits: int | None = within(8, 2, 8)
+  first_act_bits: int | None = within(None, 2, 8)
+  last_bits: int | None = within(8, 2, 8)
   lsq_init: Literal['mean', 'least_squares'] = 'mean'
   lsq_grad_scale: Literal['scale', 'tensor', 'feature'] = 'scale'
 
@@ -158,11 +109,11 @@ class SAQConfig:
       bfloat16 most of a perturbation is below the spacing of the weights and is rounded away.
   """
 
-  case: int = _within(3, 1, 3)
-  rho: float = _within(0.1, 0)
-  warmup_epochs: float = _within(0.0, 0)
+  case: int = within(3, 1, 3)
+  rho: float = within(0.1, 0)
+  warmup_epochs: float = within(0.0, 0)
   adaptive: bool = False
-  eta: float = _within(0.01, 0)
+  eta: float = within(0.01, 0)
   accumulate_clean_grad: bool = False
   perturb_weight_scales: bool = False
   perturb_act_scales: bool = False
@@ -191,18 +142,18 @@ class StageConfig:
     label_smoothing: 0 to below 1.
   """
 
-  epochs: float = _within(40.0, ABOVE_0)
+  epochs: float = within(40.0, ABOVE_0)
   optimizer: Literal['sgd', 'adamw'] = 'sgd'
-  lr: float = _within(0.05, 0)
-  scale_lr: float = _within(0.05, 0)
-  momentum: float = _within(0.9, 0, 1)
-  weight_decay: float = _within(1e-4, 0)
+  lr: float = within(0.05, 0)
+  scale_lr: float = within(0.05, 0)
+  momentum: float = within(0.9, 0, 1)
+  weight_decay: float = within(1e-4, 0)
   decay: Literal['all', 'kernels'] = 'all'
   schedule: Literal['cosine', 'step', 'constant'] = 'cosine'
-  milestones: tuple[float, ...] = _within((), 0)
-  warmup_epochs: float = _within(0.0, 0)
-  clip_norm: float | None = _within(None, ABOVE_0)
-  label_smoothing: float = _within(0.0, 0, 0.999)
+  milestones: tuple[float, ...] = within((), 0)
+  warmup_epochs: float = within(0.0, 0)
+  clip_norm: float | None = within(None, ABOVE_0)
+  label_smoothing: float = within(0.0, 0, 0.999)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,11 +171,11 @@ class CompareConfig:
     sharpness_rho: the radius at which the sharpness of all methods is measured.
   """
 
-  seeds: int = _within(0, 0)
-  seeds_at_once: int = _within(4, 1)
-  rhos: tuple[float, ...] = _within((0.05, 0.1, 0.2, 0.4), 0)
+  seeds: int = within(0, 0)
+  seeds_at_once: int = within(4, 1)
+  rhos: tuple[float, ...] = within((0.05, 0.1, 0.2, 0.4), 0)
   validation_split: str = 'train[80%:]'
-  sharpness_rho: float = _within(0.1, ABOVE_0)
+  sharpness_rho: float = within(0.1, ABOVE_0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,8 +194,9 @@ class ExperimentConfig:
     log_every_steps: how often a line of metrics is written.
   """
 
-  seed: int = _within(0, 0, 2**31 - 1)
-  data: DataConfig = DataConfig()
+  seed: int = within(0, 0, 2**31 - 1)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
   model: ModelConfig = ModelConfig()
   quant: QuantConfig = QuantConfig()
   saq: SAQConfig = SAQConfig()
@@ -253,6 +205,6 @@ class ExperimentConfig:
   compare: CompareConfig = CompareConfig()
   init_from: str | None = None
   methods: tuple[Literal['qat', 'saq'], ...] = ('qat', 'saq')
-  eval_every_epochs: float = _within(2.0, ABOVE_0)
-  checkpoint_every_epochs: float = _within(5.0, ABOVE_0)
-  log_every_steps: int = _within(10, 1)
+  eval_every_epochs: float = within(2.0, ABOVE_0)
+  checkpoint_every_epochs: float = within(5.0, ABOVE_0)
+  log_every_steps: int = within(10, 1)

@@ -9,7 +9,9 @@ from jax.sharding import Mesh
 
 from saq_jax._paths import PyTree
 from saq_jax.data.datasets import Dataset
-from saq_jax.data.source import eval_batches
+from saq_jax.data.decode import RecordError
+from saq_jax.data.loader import Loader, Reading
+from saq_jax.data.source import eval_source
 from saq_jax.training.network import Network
 from saq_jax.training.sharding import over_batch, replicated, to_devices
 from saq_jax.training.step import StepConfig, eval_step
@@ -23,11 +25,13 @@ class Score:
     correct: examples whose largest logit is that of their label.
     examples: examples seen.
     loss: mean cross-entropy, without label smoothing.
+    damaged: examples that could not be decoded and were left out (`data.skip_damaged`).
   """
 
   correct: int
   examples: int
   loss: float
+  damaged: int = 0
 
   @property
   def accuracy(self) -> float:
@@ -36,7 +40,12 @@ class Score:
 
 
 def make_evaluator(
-  network: Network, config: StepConfig, mesh: Mesh, examples: Dataset, batch_size: int
+  network: Network,
+  config: StepConfig,
+  mesh: Mesh,
+  examples: Dataset,
+  batch_size: int,
+  reading: Reading,
 ) -> Callable[[PyTree, PyTree], Score]:
   """Makes the function that evaluates parameters on a split.
 
@@ -46,6 +55,7 @@ def make_evaluator(
     mesh: the devices the batches are spread over.
     examples: the split.
     batch_size: global; the last batch is padded, and the padding masked.
+    reading: who makes the batches.
 
   Returns:
     A function of (params, batch_stats), compiled once.
@@ -60,15 +70,19 @@ def make_evaluator(
 
   def evaluate(params: PyTree, batch_stats: PyTree) -> Score:
     z = quantize(params)
-    batches = eval_batches(
+    source = eval_source(
       examples,
       batch_size,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
-    sums = [step(z, batch_stats, to_devices(batch, mesh)) for batch in batches]
-    totals = {name: sum(float(s[name]) for s in sums) for name in ('correct', 'loss', 'count')}
-    count = round(totals['count'])
-    return Score(round(totals['correct']), count, totals['loss'] / count)
+    transfer = functools.partial(to_devices, mesh=mesh)
+    with Loader(source, 0, len(source), transfer, reading, decodes=examples.decodes) as batches:
+      sums = [step(z, batch_stats, batch) for batch in batches]
+    totals = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
+    count, damaged = round(totals['count']), round(totals.get('damaged', 0))
+    if not count:
+      raise RecordError(f'none of the {damaged} images to evaluate on can be decoded')
+    return Score(round(totals['correct']), count, totals['loss'] / count, damaged)
 
   return evaluate

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from saq_jax.training.config import ConfigError, ModelConfig
+from saq_jax.training.bounds import ConfigError
+from saq_jax.training.config import ModelConfig
 
 _SHARED = frozenset({'name', 'norm_eps', 'remat', 'dtype'})
 _DROPS = frozenset({'dropout', 'attn_dropout', 'drop_path'})
@@ -36,7 +37,7 @@ def check_model(model: ModelConfig) -> None:
     >>> check_model(ModelConfig(name='resnet', depth=19))
     Traceback (most recent call last):
       ...
-    saq_jax.training.config.ConfigError: config.model.depth=19: a ResNet has 18, 34, 50, 101, 152.
+    saq_jax.training.bounds.ConfigError: config.model.depth=19: a ResNet has 18, 34, 50, 101, 152.
   """
   reads = _SHARED | READS[model.name]
   for field in dataclasses.fields(model):

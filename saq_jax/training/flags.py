@@ -45,6 +45,35 @@ def read_flags(arguments: Sequence[str]) -> tuple[ExperimentConfig, str, str | N
   return parse(config, overrides), 'digits_4bit' if path is None else Path(path).stem, workdir
 
 
+def take_flag(arguments: list[str], flag: str) -> str | None:
+  """Takes a flag and its value out of the arguments, for a program that has flags of its own.
+
+  Args:
+    arguments: is changed.
+    flag: such as '--json'.
+
+  Returns:
+    The value; None where the flag is not there.
+
+  Raises:
+    UsageError: if it has no value.
+
+  Example:
+    >>> arguments = ['--json=a', '--config', 'b']
+    >>> take_flag(arguments, '--json'), arguments
+    ('a', ['--config', 'b'])
+  """
+  for i, argument in enumerate(arguments):
+    name, equals, text = argument.partition('=')
+    if name == flag:
+      if not equals and i + 1 == len(arguments):
+        raise UsageError(f'{flag} needs a value: {flag}=VALUE.')
+      value = text if equals else arguments.pop(i + 1)
+      del arguments[i]
+      return value
+  return None
+
+
 def _read_config(path: Path) -> config_dict.ConfigDict:
   """Runs a config file's get_config()."""
   if not path.is_file():

@@ -18,8 +18,9 @@ from saq_jax.pretrained.files import WeightFile, holds_weights, open_weights
 from saq_jax.pretrained.fit import Origin, fit
 from saq_jax.pretrained.load import Loaded, load_pretrained, model_leaves
 from saq_jax.pretrained.settings import image_statistics, model_settings
+from saq_jax.training.bounds import ConfigError
 from saq_jax.training.checkpoint import find_checkpoint, restore_subtrees
-from saq_jax.training.config import ConfigError, ExperimentConfig, ModelConfig, QuantConfig
+from saq_jax.training.config import ExperimentConfig, ModelConfig, QuantConfig
 from saq_jax.training.network import Network, build_network
 from saq_jax.training.workdir import MARK, PIN, write_json
 

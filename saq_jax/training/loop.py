@@ -3,22 +3,23 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh
 
 from saq_jax._paths import PyTree
 from saq_jax.data.datasets import Dataset
+from saq_jax.data.loader import Loader, Reading
 from saq_jax.data.source import train_source
+from saq_jax.training.bounds import ConfigError
 from saq_jax.training.checkpoint import Checkpoints
-from saq_jax.training.config import ConfigError
 from saq_jax.training.evaluate import Score, make_evaluator
-from saq_jax.training.metrics import MetricWriter
+from saq_jax.training.log import StageLog
 from saq_jax.training.network import Network
 from saq_jax.training.progress import Progress
 from saq_jax.training.sharding import over_batch, replicated, to_devices
@@ -41,6 +42,8 @@ class Stage:
     lr: the schedule of the learning rate, for the metrics.
     step: augmentation, loss and batch statistics.
     seed: of the order of the examples.
+    repeats: how often an example is taken in a row.
+    reading: who makes the batches.
     batch_size: global.
     eval_batch_size: global.
     total_steps: steps to take.
@@ -56,6 +59,8 @@ class Stage:
   lr: optax.Schedule
   step: StepConfig
   seed: int
+  repeats: int
+  reading: Reading
   batch_size: int
   eval_batch_size: int
   total_steps: int
@@ -92,7 +97,7 @@ def run_stage(
     train: examples to train on.
     test: examples to evaluate on.
     mesh: the devices.
-    directory: holds 'checkpoints', 'metrics.jsonl' and TensorBoard's event files.
+    directory: holds 'checkpoints', and what `StageLog` writes.
     stop: asks to save and leave.
 
   Returns:
@@ -101,18 +106,14 @@ def run_stage(
   Raises:
     PreemptedError: if it was asked to stop; the state is saved.
     DivergedError: if a loss or a gradient is not finite.
+    LoaderError, RecordError: if no batch comes, or one cannot be made.
     ConfigError: if the given weights do not fit.
     WorkdirError: if what is in the directory cannot be gone on with.
   """
-  source = train_source(
-    train,
-    stage.batch_size,
-    seed=stage.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+  first = _first_images(stage, train)
+  evaluate = make_evaluator(
+    stage.network, stage.step, mesh, test, stage.eval_batch_size, stage.reading
   )
-  first = train_source(train, stage.batch_size, seed=stage.seed)[0]['image']
-  evaluate = make_evaluator(stage.network, stage.step, mesh, test, stage.eval_batch_size)
   with Checkpoints(directory / 'checkpoints') as checkpoints:
     try:
       restored = checkpoints.restore_latest(_abstract(begin, mesh, first, weights))
@@ -124,18 +125,44 @@ def run_stage(
     state = _started(begin, mesh, first, weights) if restored is None else restored[1]
     score = None
     if start < stage.total_steps:
-      writer = _Writer(stage, directory, start if restored else None)
-      with writer, Progress(stage.name, stage.total_steps, start) as progress:
-        run = _Run(stage, _compiled(stage, mesh), checkpoints, writer, progress, stop)
-        for step in range(start, stage.total_steps):
-          state = run.advance(state, to_devices(source[step], mesh), step + 1)
-          if (step + 1) % stage.eval_every == 0 or step + 1 == stage.total_steps:
+      with (
+        StageLog(directory, stage.steps_per_epoch, start if restored else None) as log,
+        Progress(stage.name, stage.total_steps, start) as progress,
+        _batches(stage, train, mesh, start) as batches,
+      ):
+        run = _Run(stage, _compiled(stage, mesh), checkpoints, log, progress, stop)
+        for step, batch in enumerate(batches, start + 1):
+          state = run.advance(state, batch, step)
+          run.time(step, batches.waited)
+          if step % stage.eval_every == 0 or step == stage.total_steps:
             run.settle()
             score = evaluate(state.params, state.batch_stats)
-            writer.write_score(step + 1, score)
-            progress.update(step + 1, test=score.accuracy)
-          run.save_if_due(state, step + 1)
+            log.write_score(step, score)
+            progress.update(step, test=score.accuracy)
+          run.save_if_due(state, step)
     return state, score or evaluate(state.params, state.batch_stats)
+
+
+def _batches(stage: Stage, train: Dataset, mesh: Mesh, start: int) -> Loader[dict[str, Array]]:
+  """The batches from a step on, each on its way to the devices before it is needed."""
+  source = train_source(
+    train,
+    stage.batch_size,
+    seed=stage.seed,
+    repeats=stage.repeats,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  transfer = functools.partial(to_devices, mesh=mesh)
+  return Loader(source, start, stage.total_steps, transfer, stage.reading, decodes=train.decodes)
+
+
+def _first_images(stage: Stage, train: Dataset) -> np.ndarray:
+  """The images of the first global batch, which every process takes whole."""
+  source = train_source(train, stage.batch_size, seed=stage.seed)
+  reading = dataclasses.replace(stage.reading, workers=0)
+  with Loader(source, 0, 1, lambda batch: batch['image'], reading) as batches:
+    return next(iter(batches))
 
 
 class _Run:
@@ -146,13 +173,14 @@ class _Run:
     stage: Stage,
     compiled: TrainStep,
     checkpoints: Checkpoints,
-    writer: '_Writer',
+    log: StageLog,
     progress: Progress,
     stop: Stop,
   ) -> None:
     self._stage, self._compiled, self._checkpoints = stage, compiled, checkpoints
-    self._writer, self._progress, self._stop = writer, progress, stop
+    self._log, self._progress, self._stop = log, progress, stop
     self._pending: tuple[int, Metrics] | None = None
+    self._new = True
 
   def advance(self, state: TrainState, batch: dict[str, Array], step: int) -> TrainState:
     """Starts a step, then reads the metrics of the one before, so that the device never waits."""
@@ -160,6 +188,14 @@ class _Run:
     self.settle()
     self._pending = step, metrics
     return state
+
+  def time(self, step: int, waited: float) -> None:
+    """Notes the speed whenever metrics are due, and after the first step, which is compiled."""
+    if step % self._stage.log_every == 0 or step == self._stage.total_steps or self._new:
+      share = self._log.write_timing(step, waited)
+      if share is not None:
+        self._progress.update(step - 1, data_wait=share)
+    self._new = False
 
   def settle(self) -> None:
     """Reads the metrics that are out, checks them, and writes and shows them."""
@@ -169,10 +205,10 @@ class _Run:
     self._pending = None
     figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if not all(math.isfinite(figures[name]) for name in ('loss', 'sharp_grad_norm')):
-      self._writer.write(step, figures)
+      self._log.write(step, figures)
       raise DivergedError(self._diverged(step, figures))
     if step % self._stage.log_every == 0 or step in (1, self._stage.total_steps):
-      self._writer.write(step, figures)
+      self._log.write(step, figures)
     self._progress.update(step, loss=figures['loss'], accuracy=figures['accuracy'])
 
   def save_if_due(self, state: TrainState, step: int) -> None:
@@ -199,29 +235,6 @@ class _Run:
       f'{figures["sharp_grad_norm"]}, learning rate {figures["lr"]:.3g}; {good}. Lower the '
       'learning rate or rho, or set clip_norm, and start in another --workdir.'
     )
-
-
-class _Writer(MetricWriter):
-  """Writes on process 0 alone, and knows a stage's epochs."""
-
-  def __init__(self, stage: Stage, directory: Path, resume_step: int | None) -> None:
-    self._stage = stage
-    self._silent = jax.process_index() != 0
-    if not self._silent:
-      super().__init__(directory, resume_step)
-
-  def write(self, step: int, figures: Mapping[str, Any]) -> None:
-    """Writes a line, with the epoch."""
-    if not self._silent:
-      super().write(step, {'epoch': step / self._stage.steps_per_epoch, **figures})
-
-  def write_score(self, step: int, score: Score) -> None:
-    """Writes an evaluation."""
-    self.write(step, {'test_loss': score.loss, 'test_accuracy': score.accuracy})
-
-  def close(self) -> None:
-    if not self._silent:
-      super().close()
 
 
 def _compiled(stage: Stage, mesh: Mesh) -> TrainStep:

@@ -14,7 +14,9 @@ from typing import Any, Literal, TypeVar
 
 from ml_collections import config_dict
 
-from saq_jax.training.config import ABOVE_0, ConfigError, ExperimentConfig, QuantConfig
+from saq_jax.training.bounds import ABOVE_0, ConfigError
+from saq_jax.training.config import ExperimentConfig, QuantConfig
+from saq_jax.training.data_config import check_data
 from saq_jax.training.families import check_model
 
 T = TypeVar('T')
@@ -200,7 +202,7 @@ def _require_within(field: dataclasses.Field[Any], value: Any, name: str) -> Non
 def _check(experiment: ExperimentConfig) -> None:
   """Raises ConfigError for values that do not go together."""
   check_model(experiment.model)
-  data, quant = experiment.data, experiment.quant
+  quant = experiment.quant
   methods = experiment.methods
   if not methods or len(set(methods)) < len(methods):
     raise ConfigError(f"config.methods={methods}: name at least one of 'qat' and 'saq', each once.")
@@ -211,18 +213,7 @@ def _check(experiment: ExperimentConfig) -> None:
         f'config.{name}.warmup_epochs={stage.warmup_epochs}: must be below its epochs, '
         f'{stage.epochs}.'
       )
-  if len(data.mean) != len(data.std):
-    raise ConfigError('config.data.mean and config.data.std must be as long as each other.')
-  if len(data.crop_scale) != 2 or data.crop_scale[0] > data.crop_scale[1]:
-    raise ConfigError(
-      f'config.data.crop_scale={data.crop_scale}: must be the least and the largest share, such as '
-      '(0.08, 1.0).'
-    )
-  if data.image_size is not None and data.image_size > data.resize:
-    raise ConfigError(
-      f'config.data.image_size={data.image_size}: must be at most config.data.resize={data.resize},'
-      ' the shorter side that its centre is cut from.'
-    )
+  check_data(experiment.data, experiment.augment)
   lsq = QuantConfig()
   if 'lsq' not in (quant.weights, quant.acts) and (quant.lsq_init, quant.lsq_grad_scale) != (
     lsq.lsq_init,

@@ -11,15 +11,16 @@ from jax import Array
 from jax.sharding import Mesh
 
 from saq_jax._paths import PyTree
-from saq_jax.data.datasets import Dataset, load_examples, load_records
-from saq_jax.data.records import Resizing
+from saq_jax.data.datasets import Dataset
+from saq_jax.data.loader import Reading
 from saq_jax.training.build import build_optimizer, build_slot, total_steps
-from saq_jax.training.config import ConfigError, DataConfig, ExperimentConfig
+from saq_jax.training.config import ExperimentConfig, StageConfig
 from saq_jax.training.evaluate import Score, make_evaluator
 from saq_jax.training.given import Given, Weights, given_weights
+from saq_jax.training.inputs import flips_on_host, load_splits, require_fitting_batches
 from saq_jax.training.loop import Stage, run_stage
 from saq_jax.training.network import FLOATING, build_network
-from saq_jax.training.sharding import make_mesh, require_divisible
+from saq_jax.training.sharding import make_mesh
 from saq_jax.training.signals import Stop
 from saq_jax.training.state import TrainState, new_state, state_from_weights
 from saq_jax.training.step import StepConfig, prepare_images
@@ -107,86 +108,19 @@ def _as_given(
   if noted.exists():
     score = Score(**json.loads(noted.read_text(encoding='utf-8')))
   else:
-    evaluate = make_evaluator(stage.network, stage.step, mesh, test, stage.eval_batch_size)
+    evaluate = make_evaluator(
+      stage.network, stage.step, mesh, test, stage.eval_batch_size, stage.reading
+    )
     score = evaluate(params, batch_stats)
     if jax.process_index() == 0:
       directory.mkdir(exist_ok=True)
       write_json(noted, dataclasses.asdict(score))
   print(
-    f'  at full precision, as given: {100 * score.accuracy:.1f} % of {config.data.eval_split!r} '
+    f'  at full precision, as given: {100 * score.accuracy:.1f} % of {config.data.splits[1]!r} '
     f'({score.correct}/{score.examples})',
     flush=True,
   )
   return Outcome(stage, params, batch_stats, score, directory, train.image_shape)
-
-
-def load_splits(config: ExperimentConfig) -> tuple[Dataset, Dataset]:
-  """Reads the examples that the settings name.
-
-  Args:
-    config: the experiment.
-
-  Returns:
-    The training and the test examples.
-
-  Raises:
-    ConfigError: if they cannot be read, or the channels' means do not fit them.
-  """
-  data = config.data
-  try:
-    train, test = (load_split(data, split) for split in (data.train_split, data.eval_split))
-  except (ValueError, OSError) as error:
-    raise ConfigError(f'config.data: {error}') from error
-  channels = train.image_shape[-1]
-  if len(data.mean) not in (1, channels):
-    raise ConfigError(
-      f'config.data.mean has {len(data.mean)} entries, and {data.name!r} has {channels} channels.'
-    )
-  return train, test
-
-
-def load_split(data: DataConfig, split: str) -> Dataset:
-  """Reads a split into memory, or opens it where images are brought to one size.
-
-  Args:
-    data: the settings.
-    split: in tfds's notation.
-
-  Returns:
-    The examples.
-
-  Raises:
-    ValueError, OSError: if they cannot be read.
-  """
-  if data.image_size is None:
-    return load_examples(data.name, split, data.data_dir)
-  low, high = data.crop_scale
-  resizing = Resizing(data.image_size, data.resize, (low, high), data.interpolation)
-  return load_records(data.name, split, data.data_dir, resizing)
-
-
-def require_fitting_batches(config: ExperimentConfig, train: Dataset, mesh: Mesh) -> None:
-  """Raises ConfigError if a batch is larger than the data, or cannot be split over devices.
-
-  Args:
-    config: the experiment.
-    train: the training examples.
-    mesh: the devices.
-
-  Raises:
-    ConfigError: if so.
-  """
-  data = config.data
-  if data.batch_size > len(train):
-    raise ConfigError(
-      f'config.data.batch_size={data.batch_size} is larger than the {len(train)} examples of '
-      f'{data.train_split!r}: make it smaller.'
-    )
-  try:
-    require_divisible(data.batch_size, mesh, 'config.data.batch_size')
-    require_divisible(data.eval_batch_size, mesh, 'config.data.eval_batch_size')
-  except ValueError as error:
-    raise ConfigError(str(error)) from None
 
 
 def make_stage(config: ExperimentConfig, name: str, train: Dataset) -> Stage:
@@ -211,16 +145,10 @@ def make_stage(config: ExperimentConfig, name: str, train: Dataset) -> Stage:
     network=network,
     tx=optax.chain(slot, optimizer),
     lr=lr,
-    step=StepConfig(
-      mean=config.data.mean,
-      std=config.data.std,
-      pad_crop=config.data.pad_crop,
-      flip=config.data.flip,
-      label_smoothing=settings.label_smoothing,
-      batch_stats_from_both=config.saq.batch_stats_from_both,
-      second_pass_float32=config.saq.second_pass_float32,
-    ),
+    step=make_step_config(config, settings, train.num_classes),
     seed=config.seed,
+    repeats=config.augment.repeats,
+    reading=Reading(config.data.workers, config.data.timeout),
     batch_size=config.data.batch_size,
     eval_batch_size=config.data.eval_batch_size,
     total_steps=total_steps(settings, steps_per_epoch),
@@ -228,6 +156,35 @@ def make_stage(config: ExperimentConfig, name: str, train: Dataset) -> Stage:
     eval_every=max(1, round(config.eval_every_epochs * steps_per_epoch)),
     checkpoint_every=max(1, round(config.checkpoint_every_epochs * steps_per_epoch)),
     log_every=config.log_every_steps,
+  )
+
+
+def make_step_config(
+  config: ExperimentConfig, settings: StageConfig, num_classes: int
+) -> StepConfig:
+  """What a step does beside the network and the optimizer.
+
+  Args:
+    config: the experiment.
+    settings: of the stage.
+    num_classes: of the dataset.
+
+  Returns:
+    The settings of the step.
+  """
+  augment = config.augment
+  return StepConfig(
+    mean=config.data.mean,
+    std=config.data.std,
+    pad_crop=augment.pad_crop,
+    flip=augment.flip and not flips_on_host(config),
+    erasing=augment.erasing,
+    mixup=augment.mixup,
+    cutmix=augment.cutmix,
+    num_classes=num_classes,
+    label_smoothing=settings.label_smoothing,
+    batch_stats_from_both=config.saq.batch_stats_from_both,
+    second_pass_float32=config.saq.second_pass_float32,
   )
 
 

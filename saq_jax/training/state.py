@@ -11,7 +11,7 @@ from jax import Array
 
 from saq_jax._paths import PyTree, is_quant_scale
 from saq_jax.layers import calibrate
-from saq_jax.training.config import ConfigError
+from saq_jax.training.bounds import ConfigError
 from saq_jax.training.network import Network
 
 

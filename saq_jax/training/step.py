@@ -10,15 +10,15 @@ import optax
 from jax import Array
 
 from saq_jax._paths import PyTree
-from saq_jax.data import augment
+from saq_jax.data import augment, mix
 from saq_jax.training.network import Network
 from saq_jax.training.state import TrainState, variables
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
 
-# Of the step's key, for dropout; the augmentation splits the key itself, which takes 0 and 1.
-_DROPOUT = 2
+# Of the step's key; crops and flips split the key itself, which takes 0 and 1.
+_DROPOUT, _ERASING, _MIXING = 2, 3, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,10 @@ class StepConfig:
     std: of the channels.
     pad_crop: pixels of padding before a random crop; 0 is none.
     flip: random horizontal flips.
+    erasing: probability that a box of an image becomes noise.
+    mixup: alpha of mixup; 0 is none.
+    cutmix: alpha of cutmix; 0 is none.
+    num_classes: of the labels; where they are mixed alone.
     label_smoothing: 0 to below 1.
     batch_stats_from_both: running statistics move in the second pass too.
     second_pass_float32: the second pass computes in float32, whatever the model does.
@@ -39,6 +43,10 @@ class StepConfig:
   std: tuple[float, ...]
   pad_crop: int = 0
   flip: bool = False
+  erasing: float = 0.0
+  mixup: float = 0.0
+  cutmix: float = 0.0
+  num_classes: int = 0
   label_smoothing: float = 0.0
   batch_stats_from_both: bool = False
   second_pass_float32: bool = True
@@ -57,7 +65,7 @@ def train_step(
 
   Args:
     state: with the seed that, folded with the step, gives the key of the augmentation.
-    batch: 'image' uint8 [B, H, W, C] and 'label' int32 [B].
+    batch: 'image' uint8 [B, H, W, C] and 'label' int32 [B]; 'damaged' bool [B] is counted.
     network: as in `train_on`, like the other arguments.
     tx: the chain.
     lr: the schedule.
@@ -66,8 +74,11 @@ def train_step(
   Returns:
     As `train_on`.
   """
-  images = prepare_images(batch['image'], config, step_key(state))
-  return train_on(state, images, batch['label'], network=network, tx=tx, lr=lr, config=config)
+  images, labels = augmented(batch, config, step_key(state))
+  state, metrics = train_on(state, images, labels, network=network, tx=tx, lr=lr, config=config)
+  if 'damaged' in batch:
+    metrics['damaged'] = jnp.sum(batch['damaged'])
+  return state, metrics
 
 
 def step_key(state: TrainState) -> Array:
@@ -100,7 +111,7 @@ def train_on(
   Args:
     state: its `opt_state` begins with the `SAQState` of `saq(has_aux=True)` or `qat`.
     images: floating [B, H, W, C], normalised.
-    labels: int32 [B].
+    labels: int32 [B], or float32 [B, classes] where they are mixed.
     network: model and weight quantizer.
     tx: `optax.chain(saq(...) or qat(...), ...)`.
     lr: the schedule, for the metrics.
@@ -120,8 +131,7 @@ def train_on(
       variables(z, batch_stats), images, train=True, mutable=['batch_stats'], rngs=rngs
     )
     loss = cross_entropy(logits, labels, config.label_smoothing).mean()
-    hits = jnp.argmax(logits, -1) == labels
-    return loss, (moved.get('batch_stats', {}), hits.mean())
+    return loss, (moved.get('batch_stats', {}), hits(logits, labels).mean())
 
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   z = network.quantize(state.params)
@@ -164,23 +174,42 @@ def eval_step(
   Args:
     z: quantized parameters, `network.quantize(params)`.
     batch_stats: running statistics.
-    batch: as in `train_step`, and 'mask' [B], 1 for an example and 0 for padding.
+    batch: as in `train_step`, and 'mask' [B], 1 for an example and 0 for padding or damage.
     network: model and weight quantizer.
     config: the normalisation; nothing random is done, and no label is smoothed.
 
   Returns:
-    'correct', 'loss' and 'count', each a sum.
+    'correct', 'loss' and 'count', each a sum, and 'damaged' where the batch has it.
   """
   images = prepare_images(batch['image'], config)
   logits: Array = network.model.apply(  # type: ignore[assignment]
     variables(z, batch_stats), images, train=False
   )
-  hits = jnp.argmax(logits, -1) == batch['label']
-  return {
-    'correct': jnp.sum(hits * batch['mask']),
+  sums = {
+    'correct': jnp.sum(hits(logits, batch['label']) * batch['mask']),
     'loss': jnp.sum(cross_entropy(logits, batch['label'], 0.0) * batch['mask']),
     'count': jnp.sum(batch['mask']),
   }
+  return sums | ({'damaged': jnp.sum(batch['damaged'])} if 'damaged' in batch else {})
+
+
+def augmented(batch: Batch, config: StepConfig, key: Array) -> tuple[Array, Array]:
+  """What a training step sees of a batch.
+
+  Args:
+    batch: 'image' uint8 [B, H, W, C] and 'label' int32 [B].
+    config: means, deviations and augmentation.
+    key: of the step.
+
+  Returns:
+    Images, float32 [B, H, W, C], and labels, int32 [B], or float32 [B, classes] if they are mixed.
+  """
+  images, labels = prepare_images(batch['image'], config, key), batch['label']
+  if not (config.mixup or config.cutmix):
+    return images, labels
+  targets = jax.nn.one_hot(labels, config.num_classes)
+  mixing = jax.random.fold_in(key, _MIXING)
+  return mix.mix(mixing, images, targets, config.mixup, config.cutmix)
 
 
 def prepare_images(images: Array, config: StepConfig, key: Array | None = None) -> Array:
@@ -200,7 +229,10 @@ def prepare_images(images: Array, config: StepConfig, key: Array | None = None) 
       images = augment.pad_crop(crop_key, images, config.pad_crop)
     if config.flip:
       images = augment.flip(flip_key, images)
-  return augment.normalize(images, config.mean, config.std)
+  normalized = augment.normalize(images, config.mean, config.std)
+  if key is None or not config.erasing:
+    return normalized
+  return mix.erase(jax.random.fold_in(key, _ERASING), normalized, config.erasing)
 
 
 def cross_entropy(logits: Array, labels: Array, smoothing: float) -> Array:
@@ -208,15 +240,31 @@ def cross_entropy(logits: Array, labels: Array, smoothing: float) -> Array:
 
   Args:
     logits: [B, classes].
-    labels: int32 [B].
+    labels: int32 [B], or targets that sum to 1, [B, classes].
     smoothing: alpha: the target is `(1 - alpha) onehot + alpha/classes`.
 
   Returns:
     [B].
   """
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
-  return optax.safe_softmax_cross_entropy(logits, targets)
+  targets = labels if labels.ndim == 2 else jax.nn.one_hot(labels, logits.shape[-1])
+  return optax.safe_softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing))
+
+
+def hits(logits: Array, labels: Array) -> Array:
+  """How far the largest logit of each example is right.
+
+  Args:
+    logits: [B, classes].
+    labels: int32 [B], or targets that sum to 1, [B, classes].
+
+  Returns:
+    [B]: 1 where it is that of the label and 0 elsewhere; of mixed targets its share in the target.
+  """
+  best = jnp.argmax(logits, -1)
+  if labels.ndim == 1:
+    return best == labels
+  return jnp.take_along_axis(labels, best[:, None], -1)[:, 0]
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]

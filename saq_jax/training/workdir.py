@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from saq_jax.training.config import ConfigError
+from saq_jax.training.bounds import ConfigError
 
 MARK = 'config.json'
 VERSION_KEY = 'saq_jax'
 LOCK = '.lock'
 PIN = 'init_from.json'
+# What changes nothing of the result, so that a stopped run may go on with another choice.
+_FREE = ('data.workers', 'data.timeout')
 _PARTS = (LOCK, f'.{MARK}.', f'.{PIN}.')
 
 
@@ -135,9 +137,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def _require_same(folder: Path, mark: dict[str, Any], settings: dict[str, Any]) -> None:
   """Raises WorkdirError unless the directory was marked with the same settings."""
-  # Through JSON and back, so that tuples and lists are alike.
-  here = _flat(json.loads(json.dumps(settings)))
-  there = _flat(mark['config'])
+  here, there = identity(settings), identity(mark['config'])
   changed = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
   if changed:
     shown = ', '.join(
@@ -147,6 +147,24 @@ def _require_same(folder: Path, mark: dict[str, Any], settings: dict[str, Any]) 
       f'{folder} holds a run with another config ({shown}): name another --workdir, or give the '
       'config it was begun with.'
     )
+
+
+def identity(settings: dict[str, Any]) -> dict[str, Any]:
+  """What makes two runs the same one: all settings but those that change nothing of the result.
+
+  Args:
+    settings: of an experiment, as plain JSON values.
+
+  Returns:
+    The values by their dotted names.
+
+  Example:
+    >>> identity({'seed': 0, 'data': {'workers': 2, 'name': 'digits'}})
+    {'seed': 0, 'data.name': 'digits'}
+  """
+  # Through JSON and back, so that tuples and lists are alike.
+  flat = _flat(json.loads(json.dumps(settings)))
+  return {key: value for key, value in flat.items() if key not in _FREE}
 
 
 def _flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
