@@ -231,5 +231,6 @@ def main() -> None:
 
 if __name__ == '__main__':
   # Before any thread is started, so that all of them stay on it.
-  os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+  if hasattr(os, 'sched_setaffinity'):
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
   main()

@@ -81,6 +81,7 @@ def _run(config: ExperimentConfig, name: str, workdir: str | None) -> int:
     except LoaderError as error:
       _fail(error, 1)
       sys.stdout.flush()
+      sys.stderr.flush()
       os._exit(1)  # Threads that wait for a dead disk would keep the process from its end.
   return 0
 

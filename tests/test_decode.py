@@ -121,16 +121,19 @@ def test_fast_leaves_out_smoothing_alone():
     assert (kind == '420') == bool(np.any(fast != exact))
 
 
-def test_a_part_twice_the_size_is_decoded_at_half_of_it():
-  large = photograph(64, 96)
+@pytest.mark.parametrize('factor', [2, 4, 8])
+def test_a_part_many_times_the_size_is_decoded_at_a_fraction_of_it(factor):
+  large = photograph(67, 97)
   data = encoded(Image.fromarray(large), quality=100, subsampling=0)
-  half = decode_part(data, 3, lambda w, h: (16, 0, 96, 64), fast=True, size=32)
-  assert half.shape == (32, 40, 3)
-  means = large[:, 16:].reshape(32, 2, 40, 2, 3).mean((1, 3))
-  # The transform's low frequencies against means: alike, with what aliases left out.
-  assert np.abs(half - means).mean() < 3
-  whole = decode_part(data, 3, lambda w, h: (16, 0, 96, 63), fast=True, size=32)
-  assert whole.shape == (63, 80, 3)  # one row short of twice
+  size = 64 // factor
+  small = decode_part(data, 3, lambda w, h: (16, 0, 96, 64), fast=True, size=size)
+  assert small.shape == (size, 80 // factor, 3)
+  means = large[:64, 16:96].reshape(size, factor, 80 // factor, factor, 3).mean((1, 3))
+  # Low frequencies of the blocks against means: alike, but for what aliases.
+  assert np.abs(small - means).mean() < 3
+  # One row short of it: the next larger fraction.
+  short = decode_part(data, 3, lambda w, h: (16, 0, 96, 63), fast=True, size=size)
+  assert short.shape == (63 * 2 // factor, 160 // factor, 3)
 
 
 @pytest.mark.parametrize(

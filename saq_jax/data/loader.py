@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import grain
+import jax
 from absl import flags
 
 from saq_jax.data.decode import RecordError
@@ -192,7 +193,8 @@ class Loader(Generic[T]):
       return LoaderError(
         f'{self._worker_name(worker)} died with exit code {code} while it made the batch of step '
         f'{self._start + self._taken} (-9: killed, often for want of memory, of which fewer '
-        'config.data.workers need less). The same command goes on from the last checkpoint.'
+        'config.data.workers need less; -7: /dev/shm is full, which in Docker --shm-size mends). '
+        'The same command goes on from the last checkpoint.'
       )
     return type(error)(*error.args) if isinstance(error, RecordError) else error
 
@@ -232,6 +234,7 @@ def _begin_worker(notes: str, worker: int, workers: int) -> None:
   """Runs first in each worker: leaves its process number, and ends with its parent."""
   del workers
   (Path(notes) / str(worker)).write_text(str(os.getpid()), encoding='utf-8')
+  jax.config.update('jax_platforms', 'cpu')  # the accelerator is the parent's
   # A terminal's Ctrl-C reaches all its processes; the parent saves first and then ends its workers.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
