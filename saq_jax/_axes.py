@@ -22,6 +22,11 @@ def shared(tree: PyTree, axis_name: AxisName | None) -> PyTree:
   return jax.tree.map(lambda x: _as_varying(x, axis_name), common) if own else common
 
 
+def own(tree: PyTree, axis_name: AxisName) -> PyTree:
+  """Marks what all devices of `jax.shard_map` share as each one's own, as `per_device` needs it."""
+  return jax.tree.map(lambda x: _as_varying(x, axis_name), tree)
+
+
 def per_device(
   updates: PyTree, params: PyTree, axis_name: AxisName | None
 ) -> tuple[PyTree, PyTree]:

@@ -11,11 +11,18 @@ from saq_jax.analysis.report import results_table, write_report
 from saq_jax.analysis.results import Result
 from saq_jax.training.config import ExperimentConfig
 from saq_jax.training.metrics import FILE_NAME, read_metrics
+from saq_jax.training.profile import Profile
 from saq_jax.training.signals import Stop
 from saq_jax.training.stages import Outcome, train_all
 
 
-def run(config: ExperimentConfig, name: str, workdir: Path, stop: Stop) -> None:
+def run(
+  config: ExperimentConfig,
+  name: str,
+  workdir: Path,
+  stop: Stop,
+  profile: Profile | None = None,
+) -> None:
   """Trains what the settings describe, then shows a table and writes the report.
 
   Args:
@@ -23,6 +30,7 @@ def run(config: ExperimentConfig, name: str, workdir: Path, stop: Stop) -> None:
     name: of the experiment, for the report's title.
     workdir: its directory. What a stopped run left there is gone on with.
     stop: asks to save and leave.
+    profile: steps to record, if any.
 
   Raises:
     ConfigError, PreemptedError, DivergedError: as `train_all`.
@@ -30,7 +38,7 @@ def run(config: ExperimentConfig, name: str, workdir: Path, stop: Stop) -> None:
   if config.compare.seeds:
     run_comparison(config, name, workdir, stop)
     return
-  results = [summarize(config, outcome) for outcome in train_all(config, workdir, stop)]
+  results = [summarize(config, outcome) for outcome in train_all(config, workdir, stop, profile)]
   if jax.process_index() == 0:
     paths = write_report(results, workdir, f'{name}: {len(results)} networks')
     console = Console(width=None if Console().is_terminal else 100)

@@ -1,17 +1,23 @@
 """The command line: flags, the work directory, and one line for whatever is wrong."""
 
+import contextlib
 import hashlib
 import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import jax
 
 from saq_jax._version import __version__
 from saq_jax.training.bounds import ConfigError
+from saq_jax.training.cluster import all_agree, find_cluster, join
 from saq_jax.training.config import ExperimentConfig
-from saq_jax.training.flags import UsageError, read_flags
+from saq_jax.training.flags import UsageError, read_flags, take_profile
 from saq_jax.training.parsing import to_json
+from saq_jax.training.profile import Profile
 from saq_jax.training.workdir import WorkdirError, claim, identity
 
 HELP = """\
@@ -25,13 +31,14 @@ usage: python -m saq_jax.main [--config FILE] [--workdir DIR] [--config.KEY=VALU
                       the config. The same command goes on where a stopped run ended.
   --config.KEY=VALUE  changes one setting, for instance:
                         --config.saq.rho=0.2            the radius of the perturbation
-                        --config.saq.case=1             1, 2 or 3 (3 is SAQ)
                         --config.quant.bits=3 --config.quant.act_bits=3
                         --config.quant_stage.epochs=60  of each quantized stage
                         --config.model.depth=20         of a ResNet: docs/models.md
                         --config.init_from=PATH         start from weights: safetensors, .npz,
                                                         .pth, hf://org/name, RUN/float
                       All settings with their meaning: saq_jax/training/config.py.
+  --profile=M:N       a trace of what the devices do in steps M to N: WORKDIR/STAGE/profile.
+  --coordinator HOST:PORT --processes N --process I    one of several (docs/scaling.md).
   --help              this text.
 
 Exit codes: 0 done, or stopped by a signal and saved; 1 diverged, damaged data, a failing disk or a
@@ -52,38 +59,76 @@ def main(argv: Sequence[str] | None = None) -> int:
   if any(a in ('--help', '-h', '-help', '--helpfull') for a in arguments):
     print(HELP, end='')
     return 0
+  # What a worker that was ended leaves in shared memory is removed, with words that help nobody.
+  os.environ.setdefault('PYTHONWARNINGS', 'ignore::UserWarning:multiprocessing.resource_tracker')
   try:
+    cluster = find_cluster(arguments)
+    profile = take_profile(arguments)
     config, name, workdir = read_flags(arguments)
-    return _run(config, name, workdir)
+    if cluster is not None:
+      join(cluster)
+    first = cluster is None or jax.process_index() == 0
+    return _run(config, name, workdir, profile, first=first)
   except (UsageError, ConfigError, WorkdirError) as error:
     return _fail(error, 2)
 
 
-def _run(config: ExperimentConfig, name: str, workdir: str | None) -> int:
-  """Takes the work directory, trains and reports."""
+def _run(
+  config: ExperimentConfig, name: str, workdir: str | None, profile: Profile | None, *, first: bool
+) -> int:
+  """Takes the work directory, trains and reports; the first process speaks for all."""
   settings = to_json(config)
-  with claim(workdir or _default_workdir(name, settings), settings, __version__) as directory:
-    print(f'saq_jax {__version__}: {name}, in {directory}', flush=True)
-    # Now that the input is sound: these take seconds to import.
-    from saq_jax import experiment
-    from saq_jax.data.decode import RecordError
-    from saq_jax.data.loader import LoaderError
-    from saq_jax.training.loop import DivergedError, PreemptedError
-    from saq_jax.training.signals import preemption
+  path = workdir or _default_workdir(name, settings)
+  with contextlib.ExitStack() as stack:
+    claimed: WorkdirError | None = None
+    if first:
+      try:
+        stack.enter_context(claim(path, settings, __version__))
+      except WorkdirError as error:
+        claimed = error
+    else:
+      stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, 'w'))))
+    if not all_agree(claimed is None):
+      raise claimed or WorkdirError(f'{path}: process 0 cannot use it.')
+    print(f'saq_jax {__version__}: {name}, in {path}', flush=True)
+    return _train(config, name, Path(path), profile)
 
-    try:
-      with preemption() as stop:
-        experiment.run(config, name, directory, stop)
-    except PreemptedError as notice:
-      print(notice)
-    except (DivergedError, RecordError, OSError) as error:
-      return _fail(error, 1)
-    except LoaderError as error:
-      _fail(error, 1)
-      sys.stdout.flush()
-      sys.stderr.flush()
-      os._exit(1)  # Threads that wait for a dead disk would keep the process from its end.
+
+def _train(config: ExperimentConfig, name: str, directory: Path, profile: Profile | None) -> int:
+  """Trains and reports, and turns what ends a run into a message and an exit code."""
+  # Now that the input is sound: these take seconds to import.
+  from saq_jax import experiment
+  from saq_jax.data.decode import RecordError
+  from saq_jax.data.loader import LoaderError
+  from saq_jax.training.loop import DivergedError, PreemptedError
+  from saq_jax.training.signals import preemption
+
+  try:
+    with preemption() as stop:
+      experiment.run(config, name, directory, stop, profile)
+  except PreemptedError as notice:
+    print(notice)
+  except (DivergedError, RecordError, OSError) as error:
+    return _fail(error, 1)
+  except LoaderError as error:
+    return _leave(error)
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    words = str(error).strip().splitlines()[0][:200]
+    return _leave(
+      f'another process of the run is gone ({words}): the same command, on all hosts, goes on from '
+      'the last checkpoint.'
+    )
   return 0
+
+
+def _leave(error: BaseException | str) -> int:
+  """Ends the process at once: threads that wait for a disk or a peer would keep it from its end."""
+  _fail(error, 1)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(1)
 
 
 def _default_workdir(name: str, settings: dict[str, Any]) -> str:
@@ -92,7 +137,7 @@ def _default_workdir(name: str, settings: dict[str, Any]) -> str:
   return os.path.join('runs', f'{name}-{digest[:8]}')
 
 
-def _fail(error: BaseException, code: int) -> int:
+def _fail(error: BaseException | str, code: int) -> int:
   """Prints the message, and gives the exit code."""
   print(f'saq_jax: {error}', file=sys.stderr)
   return code

@@ -17,11 +17,12 @@ from saq_jax.analysis.seeds import SeedScorer, SeedTrainer
 from saq_jax.data.source import eval_source, train_source
 from saq_jax.training.bounds import ConfigError
 from saq_jax.training.loop import DivergedError, PreemptedError
+from saq_jax.training.loss import cross_entropy
 from saq_jax.training.parsing import default_config, parse
 from saq_jax.training.signals import Stop
 from saq_jax.training.stages import load_splits
 from saq_jax.training.state import new_state
-from saq_jax.training.step import cross_entropy, prepare_images, train_step
+from saq_jax.training.step import prepare_images, train_step
 
 SETTINGS = {
   'data.train_split': 'train[:10%]',

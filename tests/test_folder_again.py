@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from local_datasets import fill, photo_folder
 
 from saq_jax.data import folder as folder_lib
+from saq_jax.data import folder_listing
 from saq_jax.data.builders import open_builder
 from saq_jax.data.folder import folder_builder, prepare_folder
 
@@ -49,7 +49,9 @@ def test_the_second_time_nothing_is_written(photos, data_dir):
   assert {p: p.stat().st_mtime_ns for p in Path(again.data_dir).iterdir()} == times
 
 
-@pytest.mark.parametrize('change', ['new', 'gone', 'other size', 'other time', 'bad layout'])
+@pytest.mark.parametrize(
+  'change', ['new', 'gone', 'other size', 'other time of a bitmap', 'bad layout']
+)
 def test_a_change_is_seen(photos, data_dir, change):
   builder, _ = prepared(photos, data_dir)
   image = photos / 'train' / 'ant' / '0.jpg'
@@ -60,8 +62,8 @@ def test_a_change_is_seen(photos, data_dir, change):
   elif change == 'other size':
     image.write_bytes((photos / 'train' / 'bee' / '1.JPEG').read_bytes())
     os.utime(image, (0, 0))
-  elif change == 'other time':
-    os.utime(image, (1e9, 1e9))
+  elif change == 'other time of a bitmap':
+    os.utime(photos / 'train' / 'ant' / '3.bmp', (1e9, 1e9))
   else:
     fill(photos / 'val' / 'unknown')
   command = rf'run `python -m saq_jax\.data\.prepare folder:{photos} --data_dir={data_dir}`'
@@ -80,6 +82,36 @@ def test_a_change_is_seen(photos, data_dir, change):
   }
   shutil.rmtree(builder.data_dir)
   assert names(folder_builder(f'folder:{photos}', data_dir), 'train') == names(again, 'train')
+
+
+def test_a_copy_without_its_times_is_no_change(photos, data_dir):
+  builder, _ = prepared(photos, data_dir)
+  for image in photos.rglob('*.*'):
+    if image.suffix in ('.jpg', '.JPEG', '.png', '.gif', '.webp'):
+      os.utime(image, (1e9, 1e9))
+  assert open_builder(f'folder:{photos}', data_dir).data_dir == builder.data_dir
+  assert prepared(photos, data_dir)[1] == [f'{photos} is prepared already']
+
+
+def test_a_run_lists_a_folder_once_and_the_command_each_time(photos, data_dir, monkeypatch):
+  prepared(photos, data_dir)
+  listed = []
+  list_folder = folder_listing.list_folder
+  for module in (folder_lib, folder_listing):
+    monkeypatch.setattr(module, 'list_folder', lambda root: listed.append(1) or list_folder(root))
+  for _ in range(3):
+    open_builder(f'folder:{photos}', data_dir)
+  assert len(listed) == 1
+  fill(photos / 'train' / 'cow')
+  builder, _ = prepared(photos, data_dir)
+  assert builder.info.features['label'].names == ['ant', 'bee', 'cow']
+  shutil.rmtree(photos / 'train' / 'cow')
+  with pytest.raises(ValueError, match='has changed since'):
+    open_builder(f'folder:{photos}', data_dir)
+  # What was found before a preparation does not count after it.
+  fill(photos / 'train' / 'cow')
+  prepared(photos, data_dir)
+  open_builder(f'folder:{photos}', data_dir)
 
 
 def test_data_are_read_where_the_folder_is_not(photos, data_dir, tmp_path):
@@ -119,15 +151,28 @@ print(builder.data_dir, flush=True)
 """
 
 
-def process(*args):
-  command = [sys.executable, '-c', _PREPARE, *map(str, args)]
-  return subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True)
+@pytest.fixture
+def process():
+  """Starts processes that end with the test, however it ends."""
+  started = []
+
+  def start(*args):
+    command = [sys.executable, '-c', _PREPARE, *map(str, args)]
+    started.append(subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True))
+    return started[-1]
+
+  try:
+    yield start
+  finally:
+    for one in started:
+      one.kill()
+      one.wait()
 
 
-def test_a_killed_preparation_is_made_good(photos, data_dir):
+def test_a_killed_preparation_is_made_good(photos, data_dir, process):
   killed = process(photos, data_dir, 9)
   assert killed.stdout.readline() == 'half\n'
-  os.kill(killed.pid, signal.SIGKILL)
+  killed.kill()
   killed.communicate()
   with pytest.raises(ValueError, match='is not prepared in'):
     folder_builder(f'folder:{photos}', data_dir)
@@ -137,7 +182,7 @@ def test_a_killed_preparation_is_made_good(photos, data_dir):
   assert f'{left} is of an earlier preparation: delete it when nothing uses it any more' in notes
 
 
-def test_two_processes_at_once(photos, data_dir):
+def test_two_processes_at_once(photos, data_dir, process):
   both = [process(photos, data_dir) for _ in range(2)]
   outputs = [p.communicate() for p in both]
   assert outputs[0] == outputs[1] == (f'{next(Path(data_dir).glob("folder*"))}/1.0.0\n', '')

@@ -9,11 +9,10 @@ import pytest
 from small_network import AUGMENTED, CLASSES, PLAIN, make_batch, parts_for, start
 
 from saq_jax.data import augment, mix
+from saq_jax.training.loss import cross_entropy, hits
 from saq_jax.training.step import (
   StepConfig,
-  cross_entropy,
   eval_step,
-  hits,
   prepare_images,
   step_key,
   train_step,

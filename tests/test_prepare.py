@@ -1,21 +1,22 @@
 """The command that prepares datasets: what it writes, prints and refuses."""
 
-import os
 import shlex
-import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
 import tensorflow_datasets as tfds
 from local_datasets import fill, photo_folder, prepare
+from PIL import Image
 
 from saq_jax.data import catalog
 from saq_jax.data import prepare as prepare_lib
+from saq_jax.data.datasets import load_records
 from saq_jax.data.prepare import _Lines, main
+from saq_jax.data.resize import Resizing
 from saq_jax.training.flags import read_flags
+from saq_jax.training.inputs import load_splits, require_enough
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,11 +55,14 @@ def without_tensorflow(monkeypatch):
 
 
 def trained_on(line, monkeypatch):
-  """The data settings of the training command that was printed."""
+  """The data settings of the training command that was printed, which must be able to begin."""
   monkeypatch.chdir(ROOT)
   words = shlex.split(line)
   assert words[:3] == ['python', '-m', 'saq_jax.main']
   config, _, _ = read_flags(words[3:])
+  train, test = load_splits(config)
+  require_enough(config, train)
+  assert len(test)
   return config.data
 
 
@@ -91,26 +95,47 @@ def test_a_folder_twice(tmp_path, monkeypatch):
   assert lines[2:4] == ['train                16', 'validation            4']
   data = trained_on(lines[-1], monkeypatch)
   assert (data.name, data.splits) == (f'folder:{photos}', ('train', 'validation'))
+  assert data.batch_size == 16
   assert again == (0, [f'{photos} is prepared already', *lines[1:]], [])
 
 
-def test_the_line_for_a_folder_of_one_split_holds_a_part_out(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(('each', 'share', 'batch_size'), [(2, 50, 2), (3, 50, 2), (8, 90, 8)])
+def test_the_line_for_a_folder_of_one_split_holds_a_part_out(
+  tmp_path, monkeypatch, capsys, each, share, batch_size
+):
   for name in ('ant', 'bee'):
-    fill(tmp_path / 'photos' / name)
+    fill(tmp_path / 'photos' / name, each)
   monkeypatch.chdir(tmp_path)
   assert main(['folder:photos', '--data_dir', f'{tmp_path}/new']) == 0
   data = trained_on(capsys.readouterr().out.splitlines()[-1], monkeypatch)
   # From wherever it is run.
   assert data.name == f'folder:{tmp_path}/photos'
-  assert data.splits == ('train[:90%]', 'train[90%:]')
+  assert data.splits == (f'train[:{share}%]', f'train[{share}%:]')
+  assert data.batch_size == batch_size
 
 
-@pytest.mark.parametrize('name', prepare_lib._CONFIGS)
+@pytest.mark.parametrize('name', catalog._CONFIGS)
 def test_the_experiment_of_a_dataset_is_there(name):
-  builder = types.SimpleNamespace(info=types.SimpleNamespace(features=None, splits=None))
-  words = prepare_lib._training_command(builder, f'{name}:1.0.0', None).split()
-  assert words[3] == '--config'
-  assert name in (ROOT / words[4]).read_text(encoding='utf-8')
+  facts = catalog.known(name)
+  line = catalog.training_command(name, None, (None, None, 3), facts.counts).splitlines()[1]
+  words = shlex.split(line)[3:]
+  assert words[0] == '--config'
+  assert len(words) == 2
+  data = read_flags(['--config', str(ROOT / words[1])])[0].data
+  # Nothing is to be said about what the experiment has already.
+  assert (data.name, data.batch_size) == (name, catalog._CONFIGS[name][1])
+
+
+def test_splits_that_are_to_be_named():
+  said, line = catalog.training_command('x', None, (8, 8, 3), {'dev': 9, 'rest': 9}).splitlines()
+  assert said == 'Train on it, with splits for TRAIN and EVAL, of dev, rest or slices of them:'
+  assert line.endswith('--config.data.train_split=TRAIN --config.data.eval_split=EVAL')
+
+
+def test_grey_photographs():
+  line = catalog.training_command('x', None, (None, None, 1), {'train': 999, 'test': 9})
+  config, _, _ = read_flags(shlex.split(line.splitlines()[1])[3:])
+  assert (config.data.mean, config.data.std, config.init_from) == ((0.5,), (0.5,), None)
 
 
 # Runs the command, and stops for good when so many images are stored.
@@ -132,10 +157,12 @@ def test_killed_in_the_middle(tmp_path):
   process = subprocess.Popen(
     [sys.executable, '-c', _STALL, *args], cwd=ROOT, stdout=subprocess.PIPE, text=True
   )
-  assert process.stdout.readline().startswith('Storing')
-  assert process.stdout.readline() == 'half\n'
-  os.kill(process.pid, signal.SIGKILL)
-  process.communicate()
+  try:
+    assert process.stdout.readline().startswith('Storing')
+    assert process.stdout.readline() == 'half\n'
+  finally:
+    process.kill()
+    process.communicate()
   code, lines, errors = run(*args)
   assert (code, errors) == (0, [])
   assert any('incomplete' in line and 'delete it' in line for line in lines)
@@ -145,7 +172,7 @@ def test_killed_in_the_middle(tmp_path):
 def test_help(capsys):
   assert main(['--help']) == 0
   printed = capsys.readouterr().out
-  for word in ('folder:/path', 'saq_jax[prepare]', '--manual_dir', 'Exit codes'):
+  for word in ('folder:/path', 'saq_jax[prepare]', '--manual_dir', '--check_all', 'Exit codes'):
     assert word in printed
 
 
@@ -170,6 +197,9 @@ def test_what_is_prepared_is_checked_without_tensorflow(
   assert 'train                20  as published' in lines
   data = trained_on(lines[-1], monkeypatch)
   assert (data.name, data.data_dir, data.splits) == ('cifar10', str(tmp_path), ('train', 'test'))
+  assert main(['cifar10:3.0.2', f'--data_dir={tmp_path}']) == 0
+  data = trained_on(capsys.readouterr().out.splitlines()[-1], monkeypatch)
+  assert (data.name, data.batch_size) == ('cifar10:3.0.2', 16)
 
 
 def test_wrong_counts(cifar, tmp_path, monkeypatch, refusal):
@@ -214,6 +244,31 @@ def test_an_image_that_cannot_be_decoded(tmp_path, monkeypatch, refusal, capsys)
   assert 'ant/0.jpg; training ends at it, unless config.data.skip_damaged is set' in printed
 
 
+def test_every_image_is_checked_on_request(tmp_path, monkeypatch, refusal, capsys):
+  prepare('oxford_flowers102', tmp_path, damaged=range(3, 10), train=12, test=2)
+  monkeypatch.setitem(catalog._KNOWN, 'oxford_flowers102', None)
+  records = load_records('oxford_flowers102', 'train', str(tmp_path), Resizing(1, 1)).records
+  bad = [i for i in range(12) if 3 <= int(records[i]['file_name'][6:-5]) < 10]
+  # Where the first or the last is damaged, that ends the check.
+  monkeypatch.setattr(prepare_lib, '_check_split', lambda *args: None)
+  code, line = refusal('oxford_flowers102', '--check_all', f'--data_dir={tmp_path}')
+  assert code == 1
+  names = [f'train record {i} ({records[i]["file_name"].decode()})' for i in bad[:5]]
+  words = f'7 of 14 images are damaged: {", ".join(names)} and 2 more: delete {tmp_path}/oxford_'
+  assert words in line
+  for name in ('ant', 'bee'):
+    fill(tmp_path / 'photos' / name, 2)
+  args = [f'folder:{tmp_path}/photos', '--check_all', f'--data_dir={tmp_path}']
+  assert main(args) == 0
+  assert 'all 4 images can be decoded' in capsys.readouterr().out
+  image = tmp_path / 'photos' / 'ant' / '0.jpg'
+  image.write_bytes(image.read_bytes()[:-30])
+  code, line = refusal(*args)
+  assert code == 1
+  assert '1 of 4 images are damaged: train record ' in line
+  assert '(ant/0.jpg): mend or delete them and prepare it again, or set config.data.skip' in line
+
+
 def test_a_dataset_that_is_not_in_the_catalog(tmp_path, monkeypatch, capsys):
   class Local(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     name = 'mnist'
@@ -227,14 +282,15 @@ def test_a_dataset_that_is_not_in_the_catalog(tmp_path, monkeypatch, capsys):
 
     def _generate_examples(self):
       for i in range(5):
-        yield i, {'image': fill(tmp_path / str(i), 1, 0, ('.png',)) / '0.png', 'label': i}
+        yield i, {'image': Image.new('L', (28, 28), 50 * i), 'label': i}
 
   Local(data_dir=tmp_path).download_and_prepare(file_format='array_record')
   capsys.readouterr()
   assert main(['mnist', f'--data_dir={tmp_path}']) == 0
   lines = capsys.readouterr().out.splitlines()
   assert lines[2:4] == ['test                  5', 'train                 5']
-  assert trained_on(lines[-1], monkeypatch).name == 'mnist'
+  data = trained_on(lines[-1], monkeypatch)
+  assert (data.name, data.mean, data.std, data.batch_size) == ('mnist', (0.5,), (0.5,), 4)
 
 
 # What is refused.

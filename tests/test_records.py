@@ -1,5 +1,6 @@
 """Images of any size: random parts to train on, centres to evaluate on, and what cannot be read."""
 
+import dataclasses
 import io
 import math
 
@@ -11,6 +12,8 @@ from local_datasets import prepare
 from PIL import Image
 
 from saq_jax.data.datasets import load_examples, load_records
+from saq_jax.data.decode import RecordError
+from saq_jax.data.loader import Loader, Reading
 from saq_jax.data.records import Records
 from saq_jax.data.resize import Resizing, random_box
 from saq_jax.data.source import eval_source, train_source
@@ -204,3 +207,85 @@ def test_padded_evaluation_counts_every_record_once(data_dir):
     batches = list(eval_source(data, 8, process_index=i, process_count=2))
     assert [b['image'].shape for b in batches] == [(4, 8, 8, 3)]
     assert batches[0]['mask'].tolist() == ([1.0] * 4 if i == 0 else [1.0, 0, 0, 0])
+
+
+# Damaged files of records.
+
+
+@pytest.fixture
+def flipped(tmp_path):
+  """A data directory in which a few bytes of one record are others; the record."""
+  prepare('imagenet2012', tmp_path, train=12)
+  (shard,) = tmp_path.glob('*/*/*array_record*')
+  data = bytearray(shard.read_bytes())
+  for place in range(3000, 3004):
+    data[place] ^= 0xFF
+  shard.write_bytes(data)
+  whole = load_records('imagenet2012', 'train', str(tmp_path), SMALL)
+  (name,) = whole.find_damaged(lambda count: None)
+  return str(tmp_path), int(name.removeprefix('record '))
+
+
+def test_a_record_whose_file_is_damaged_is_named(flipped):
+  data_dir, bad = flipped
+  data = load_records('imagenet2012', 'train', data_dir, SMALL)
+  for call in (data.eval_batch, lambda i: data.train_batch(i, 0, [0])):
+    with pytest.raises(RecordError) as caught:
+      call(np.array([bad]))
+    message = str(caught.value)
+    assert message.startswith(f"imagenet2012 'train', record {bad} cannot be read from its file (")
+    assert "delete the dataset's directory and run `python -m saq_jax.data.prepare`" in message
+    assert message.endswith('config.data.skip_damaged=True leaves such records out')
+    assert '\n' not in message
+
+
+def test_a_record_whose_file_is_damaged_is_left_out(flipped):
+  data_dir, bad = flipped
+  data = load_records('imagenet2012', 'train', data_dir, SMALL, skip_damaged=True)
+  batch = data.train_batch(np.arange(12), 0, range(12))
+  assert np.flatnonzero(batch['damaged']).tolist() == [bad]
+  assert batch['label'][bad] == data.records[(bad + 1) % 12]['label']
+  assert np.flatnonzero(data.eval_batch(np.arange(12))['damaged']).tolist() == [bad]
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_damaged_files_end_a_loader_with_one_line(flipped, workers):
+  data = load_records('imagenet2012', 'train', flipped[0], SMALL)
+  with (
+    pytest.raises(RecordError, match=f'record {flipped[1]} cannot be read'),
+    Loader(train_source(data, 12, seed=0), 0, 2, lambda batch: batch, Reading(workers)) as batches,
+  ):
+    list(batches)
+
+
+def test_labels_of_a_damaged_file(flipped):
+  with pytest.raises(ValueError, match=rf"'train', record {flipped[1]} cannot be read from its"):
+    load_records('imagenet2012', 'train', flipped[0], SMALL, classes=('n01440764', 'n01443537'))
+
+
+def test_a_wrong_label_is_no_damage():
+  data = records(
+    encoded(Image.new('RGB', (9, 9))), encoded(Image.new('RGB', (9, 9))), labels=[0, 10]
+  )
+  data = dataclasses.replace(data, skip_damaged=True)
+  for call in (data.eval_batch, lambda i: data.train_batch(i, 0, [0])):
+    with pytest.raises(RecordError, match='label 10 is not one of 10 classes'):
+      call(np.array([1]))
+
+
+def test_where_nothing_is_sound_few_records_are_tried():
+  read = []
+
+  class Broken(list):
+    def __getitem__(self, index):
+      read.append(index)
+      return super().__getitem__(index)
+
+  rows = Broken([{'image': b'no image', 'label': 0}] * 500)
+  data = Records(rows, 10, 3, SMALL, skip_damaged=True)
+  with pytest.raises(RecordError, match='100 records in a row are damaged, too many') as caught:
+    data.train_batch(np.array([450]), 0, [0])
+  assert 'skip_damaged' not in str(caught.value)
+  # Each is read once, for the message too.
+  assert read == [*range(450, 500), *range(50)]
+  assert len(data.find_damaged(lambda count: None)) == 500

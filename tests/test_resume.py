@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from saq_jax.training.checkpoint import restore_subtrees
+from saq_jax.training.checkpoint import find_best, restore_subtrees
 from saq_jax.training.metrics import read_metrics
 
 SETTINGS = [
@@ -30,10 +30,10 @@ def command(workdir, digits_dir):
   ]  # fmt: skip
 
 
-def start(workdir, digits_dir, env):
+def start(workdir, digits_dir, env, words=command):
   # Without a terminal the program writes to a pipe, as under a scheduler.
   return subprocess.Popen(
-    command(workdir, digits_dir),
+    words(workdir, digits_dir),
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
@@ -71,6 +71,7 @@ def assert_same_run(workdir, unbroken):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
       assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     assert read_metrics(workdir / stage) == read_metrics(unbroken / stage), stage
+    assert find_best(workdir / stage).name == find_best(unbroken / stage).name
   assert (workdir / 'results.json').read_bytes() == (unbroken / 'results.json').read_bytes()
 
 
@@ -85,6 +86,16 @@ def test_killed_at_three_random_steps_and_resumed(tmp_path, digits_dir, user_env
     command(tmp_path / 'run', digits_dir), check=True, capture_output=True, env=user_env
   )
   assert_same_run(tmp_path / 'run', unbroken)
+
+
+def test_the_most_accurate_state_is_kept_beside_the_newest_that_were_due(unbroken):
+  for stage, due in (('float', [6, 12, 18]), ('qat', [54, 60, 66]), ('saq', [54, 60, 66])):
+    lines = read_metrics(unbroken / stage)
+    scores = {line['step']: line['test_accuracy'] for line in lines if 'test_accuracy' in line}
+    best = max(scores, key=lambda step: (scores[step], -step))
+    assert find_best(unbroken / stage).name == str(best)
+    there = {int(path.name) for path in (unbroken / stage / 'checkpoints').iterdir()}
+    assert there == {*due, max(scores), best}
 
 
 def test_sigterm_saves_and_exits_0_within_seconds(tmp_path, digits_dir, user_env, unbroken):

@@ -21,9 +21,10 @@ from small_network import (
 
 from saq_jax._paths import is_quant_scale, named_leaves
 from saq_jax.training.config import StageConfig
+from saq_jax.training.loss import cross_entropy
 from saq_jax.training.network import Network
 from saq_jax.training.sharding import make_mesh, over_batch, replicated, to_devices
-from saq_jax.training.step import StepConfig, cross_entropy, eval_step, train_on, train_step
+from saq_jax.training.step import StepConfig, eval_step, train_on, train_step
 
 # One step, in float64, against the loss of small_network.
 

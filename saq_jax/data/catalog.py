@@ -4,9 +4,10 @@ Only facts and no files: nothing here is read from disk, and nothing beyond Pyth
 """
 
 import dataclasses
+import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,18 @@ _KNOWN = {
     splits=Splits('train', 'test', 'train[:80%]', 'train[80%:]'),
   ),
 }
+
+# An experiment for each dataset and its batch, in configs/; the others borrow one for images like
+# theirs.
+_CONFIGS = {
+  'digits': ('digits_4bit', 64),
+  'cifar10': ('preresnet20_4bit_cifar10', 128),
+  'cifar100': ('preresnet20_4bit_cifar100', 128),
+  'imagenet2012': ('resnet18_4bit', 512),
+  'oxford_flowers102': ('vitb16_4bit_flowers102', 128),
+  'oxford_iiit_pet': ('vitb16_4bit_pets', 128),
+}
+_FOR_SMALL_IMAGES, _FOR_PHOTOS = _CONFIGS['cifar10'], _CONFIGS['oxford_flowers102']
 
 # The 100 classes of ImageNet-100 and their order, published with Contrastive Multiview Coding
 # (arXiv 1906.05849), as the file imagenet100.txt of github HobbitLong/CMC has them.
@@ -144,3 +157,61 @@ def prepare_command(name: str, data_dir: str | None) -> str:
   """
   where = f' --data_dir={shlex.quote(data_dir)}' if data_dir else ''
   return f'python -m saq_jax.data.prepare {shlex.quote(name)}{where}'
+
+
+def training_command(
+  name: str, data_dir: str | None, shape: Sequence[int | None], counts: Mapping[str, int]
+) -> str:
+  """How to train on a dataset that has been prepared.
+
+  Args:
+    name: of the dataset.
+    data_dir: where it is; None is tfds's default.
+    shape: of its images, with None for sizes that differ.
+    counts: examples of each split.
+
+  Returns:
+    Two lines: what to do, and the command for the shell.
+
+  Example:
+    >>> training_command('mnist', None, (28, 28, 1), {'train': 100, 'test': 50}).split()[-3:]
+    ['--config.data.batch_size=64', '--config.data.mean=0.5', '--config.data.std=0.5']
+  """
+  plain = re.split('[:/]', name, maxsplit=1)[0]
+  own, photos = _CONFIGS.get(plain), None in shape
+  config, batch_size = own or (_FOR_PHOTOS if photos else _FOR_SMALL_IMAGES)
+  flags = {'data.data_dir': data_dir} if data_dir else {}
+  if name.startswith('folder:'):
+    path = os.path.abspath(os.path.expanduser(name.removeprefix('folder:')))
+    flags['data.name'] = f'folder:{path}'
+  elif not own or name != plain:
+    flags['data.name'] = name
+  splits, count = _usable_splits(name, counts)
+  flags |= splits
+  if 0 < count < batch_size:
+    flags['data.batch_size'] = str(1 << (count.bit_length() - 1))
+  if shape[-1] != 3 and not own:
+    flags |= {'data.mean': '0.5', 'data.std': '0.5'}
+    # The weights that the configs for photographs start from are of three channels.
+    flags |= {'init_from': 'None'} if photos else {}
+  words = [f'--config.{key}={shlex.quote(value)}' for key, value in flags.items()]
+  command = ' '.join(['python -m saq_jax.main', f'--config configs/{config}.py', *words])
+  there = ', '.join(split for split, number in counts.items() if number)
+  which = '' if count else f', with splits for TRAIN and EVAL, of {there} or slices of them'
+  return f'Train on it{which}:\n  {command}'
+
+
+def _usable_splits(name: str, counts: Mapping[str, int]) -> tuple[dict[str, str], int]:
+  """The flags for splits that there are, and how many examples are trained on; 0: who knows."""
+  usual, there = splits_of(name), {split for split, count in counts.items() if count}
+  train = usual.train.split('+')
+  if not set(train) <= there:
+    return {'data.train_split': 'TRAIN', 'data.eval_split': 'EVAL'}, 0
+  count = sum(counts[split] for split in train)
+  if usual.test in there:
+    return {}, count
+  if 'validation' in there:
+    return {'data.eval_split': 'validation'}, count
+  share = 90 if count >= 10 else 50  # A tenth of fewer is none.
+  slices = {'data.train_split': f'train[:{share}%]', 'data.eval_split': f'train[{share}%:]'}
+  return slices, count * share // 100

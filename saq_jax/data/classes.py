@@ -13,6 +13,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from rich.progress import track
 
+from saq_jax.data.decode import RecordError
+from saq_jax.data.records import read_record
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OfClasses(Sequence[dict[str, Any]]):
@@ -55,7 +58,7 @@ def find_classes(
     The indices of their records in the split, int64 [n], and their labels, int32 [n].
 
   Raises:
-    ValueError: a class is unknown or named twice, or there is no record of any.
+    ValueError: a class is unknown or named twice, there is no record of any, or one cannot be read.
   """
   known = {name: label for label, name in enumerate(builder.info.features['label'].names)}
   for name in classes:
@@ -113,7 +116,10 @@ def _read_labels(builder: tfds.core.DatasetBuilder, name: str, count: int) -> np
   records = builder.as_data_source(name, decoders=skip)
   labels = np.empty(count, np.int32)
   for index in track(range(count), description='labels', disable=not sys.stdout.isatty()):
-    labels[index] = records[index]['label']
+    try:
+      labels[index] = read_record(records, index)['label']
+    except RecordError as error:
+      raise ValueError(f'{builder.name} {name!r}, record {index} {error}') from error
   return labels
 
 

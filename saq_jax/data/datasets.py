@@ -9,8 +9,9 @@ import tensorflow_datasets as tfds
 
 from saq_jax.data.builders import errors_only, open_builder, open_split
 from saq_jax.data.classes import OfClasses, find_classes
+from saq_jax.data.decode import RecordError
 from saq_jax.data.randaugment import RandAugment
-from saq_jax.data.records import Batch, Records
+from saq_jax.data.records import Batch, Records, read_record
 from saq_jax.data.resize import Resizing
 
 
@@ -172,7 +173,10 @@ def load_examples(
   with errors_only():
     # A plain loop: grain's threads, measured, took twice as long over images this small.
     for index in range(len(records)):
-      record = records[index]
+      try:
+        record = read_record(records, index)
+      except RecordError as error:
+        raise ValueError(f'{name} {split!r}, record {index}: it {error}') from error
       images[index], labels[index] = record['image'], record['label']
   return Examples(images, labels, count)
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ def prepare_folder(
     >>> builder.info.features['label'].names
     ['cat', 'dog']
   """
+  _changed_in_this_run.cache_clear()
   root, base = _root(name), _base(name, data_dir)
   if not os.path.isdir(root):
     raise ValueError(f'{root} is not a folder: name one that holds class folders of images')
@@ -91,13 +92,14 @@ def prepare_folder(
     note(f'{len(left_out):,} damaged images are left out: {some(left_out)}')
   for path in sorted({*_versions(base), *base.glob('incomplete*')} - {stored}):
     note(f'{path} is of an earlier preparation: delete it when nothing uses it any more')
-  return folder_builder(name, data_dir)
+  return _open(name, data_dir, has_changed)
 
 
 def folder_builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetBuilder:
   """Returns the builder of a folder that has been prepared and has not changed since.
 
-  The folder itself may be gone, as where its data were brought to another machine.
+  The folder itself may be gone, as where its data were brought to another machine. A process lists
+  it once: of a change after that, another one tells.
 
   Args:
     name: 'folder:' and the folder's path.
@@ -115,6 +117,17 @@ def folder_builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetB
       ...
     ValueError: folder '/no/such/folder' does not exist, and /no/data has no data of it
   """
+  return _open(name, data_dir, _changed_in_this_run)
+
+
+# As a run opens each of its splits; it does not outlive a change by much.
+_changed_in_this_run = functools.cache(has_changed)
+
+
+def _open(
+  name: str, data_dir: str | None, changed: Callable[[str, str], bool]
+) -> tfds.core.DatasetBuilder:
+  """The builder of a prepared folder, which must not have changed."""
   root, base = _root(name), _base(name, data_dir)
   stored, there = _newest(base), os.path.isdir(root)
   if not stored and not there:
@@ -122,7 +135,7 @@ def folder_builder(name: str, data_dir: str | None = None) -> tfds.core.DatasetB
   command = prepare_command(name, data_dir)
   if not stored:
     raise ValueError(f'folder {root!r} is not prepared in {base.parent}: run `{command}`')
-  if there and has_changed(root, _facts(stored)['fingerprint']):
+  if there and changed(root, _facts(stored)['fingerprint']):
     raise ValueError(f'folder {root!r} has changed since it was prepared: run `{command}`')
   return tfds.builder_from_directory(str(stored))
 

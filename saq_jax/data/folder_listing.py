@@ -15,6 +15,8 @@ _ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff')
 # Folders that are splits, with the names that tfds gives such splits.
 _SPLITS = {'train': 'train', 'val': 'validation', 'validation': 'validation', 'test': 'test'}
 _DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# Of which a changed picture has the old size, for they are not compressed, or need not be.
+_SIZE_IS_FIXED = ('.bmp', '.tif', '.tiff')
 _BLOCK = 1000  # Images that are looked at together.
 _SECONDS = 10.0  # Between two notes of progress.
 
@@ -59,10 +61,13 @@ class Listing:
 
   @property
   def fingerprint(self) -> str:
-    """A sum of all paths, sizes and times."""
+    """A sum of all paths and sizes, and of the times of files that may change and keep the size."""
+    # Without the other times: a copy of a folder is no change of it. So a compressed image that is
+    # replaced by another one of the very same name and number of bytes goes unseen.
     digest = hashlib.sha256()
     for file in sorted(self.all_files, key=lambda file: file.path):
-      digest.update(os.fsencode(f'{file.path}\0{file.size}\0{file.seconds}\0'))
+      seconds = file.seconds if file.path.lower().endswith(_SIZE_IS_FIXED) else ''
+      digest.update(os.fsencode(f'{file.path}\0{file.size}\0{seconds}\0'))
     return digest.hexdigest()
 
 

@@ -30,7 +30,13 @@ _AHEAD = 2
 _CORES_FOR_THREADS = 4
 # Seconds that workers may take to begin, beside those for a batch.
 _START = 60.0
-_END = object()
+# Seconds in which workers may end by themselves.
+_GRACE = 1.0
+_DEATHS = {
+  '-9': 'killed, often for want of memory, of which fewer config.data.workers need less',
+  '-7': '/dev/shm is full, which in Docker --shm-size mends',
+  '-15': 'it was sent SIGTERM',
+}
 
 
 class LoaderError(RuntimeError):
@@ -43,7 +49,7 @@ class Reading:
 
   Attributes:
     workers: processes that make them; 0 for threads of this process. None takes threads on up to 4
-      cores, and else a process a core less two, of at most 64.
+      cores, and else a process a core less two, of at most 32. Each holds up to four batches.
     timeout: seconds without a batch after which the run gives up.
   """
 
@@ -63,7 +69,7 @@ class Reading:
     if self.workers is not None:
       return self.workers
     cores = _cores()
-    return 0 if cores <= _CORES_FOR_THREADS else min(cores - 2, 64)
+    return 0 if cores <= _CORES_FOR_THREADS else min(cores - 2, 32)
 
 
 class Loader(Generic[T]):
@@ -125,13 +131,15 @@ class Loader(Generic[T]):
 
   def __exit__(self, *exception: object) -> None:
     self._closing.set()
-    if isinstance(exception[1], LoaderError):
-      self._kill_workers()
     with contextlib.suppress(queue.Empty):
       while True:
         self._queue.get_nowait()
+    if self._workers:
+      # grain waits for its workers one after the other, and for the batches they are at.
+      self._thread.join(timeout=_GRACE)
+      self._kill_workers()
     # A thread that waits for a dead disk cannot be ended; being a daemon, it does not keep us.
-    self._thread.join(timeout=min(self._timeout, 30))
+    self._thread.join(timeout=5)
     self._cleanup.close()
     # Exceptions of grain's threads hold the last batches in cycles, and with them shared memory.
     gc.collect()
@@ -147,7 +155,8 @@ class Loader(Generic[T]):
       finally:
         self._waited += time.monotonic() - began
       if isinstance(item, BaseException):
-        raise self._explained(item) from item
+        explained = self._explained(item)
+        raise explained from (None if explained is item else item)
       yield item
 
   def _fill(self) -> None:
@@ -179,7 +188,7 @@ class Loader(Generic[T]):
       )
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # grain reads flags of its own, which nobody sets here
-    options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
+    options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=1)
     one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     return self._source.to_iter_dataset(one).mp_prefetch(
       options, functools.partial(_begin_worker, str(self._notes))
@@ -189,12 +198,16 @@ class Loader(Generic[T]):
     """The error to raise in place of one from the thread."""
     if isinstance(error, RuntimeError) and 'exit code' in str(error):
       worker = self._taken % self._workers
+      if _read_pid(self._notes / str(worker)) is None:
+        return LoaderError(
+          f'worker {worker} of {self._workers} could not begin: its error stands above. A script '
+          "of your own that trains needs `if __name__ == '__main__':`, or config.data.workers=0."
+        )
       code = str(error).split('exit code ')[1].split('.')[0]
+      why = f' ({_DEATHS[code]})' if code in _DEATHS else ''
       return LoaderError(
-        f'{self._worker_name(worker)} died with exit code {code} while it made the batch of step '
-        f'{self._start + self._taken} (-9: killed, often for want of memory, of which fewer '
-        'config.data.workers need less; -7: /dev/shm is full, which in Docker --shm-size mends). '
-        'The same command goes on from the last checkpoint.'
+        f'{self._worker_name(worker)} died with exit code {code}{why} while it made the batch of '
+        f'step {self._start + self._taken}. The same command goes on from the last checkpoint.'
       )
     return type(error)(*error.args) if isinstance(error, RecordError) else error
 
@@ -235,8 +248,10 @@ def _begin_worker(notes: str, worker: int, workers: int) -> None:
   del workers
   (Path(notes) / str(worker)).write_text(str(os.getpid()), encoding='utf-8')
   jax.config.update('jax_platforms', 'cpu')  # the accelerator is the parent's
-  # A terminal's Ctrl-C reaches all its processes; the parent saves first and then ends its workers.
+  # A terminal's Ctrl-C and a scheduler's SIGTERM may reach all processes of a run; the parent saves
+  # first and then ends its workers. A second SIGTERM is Python's own, at the parent's end.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
   parent = multiprocessing.parent_process()
   if parent is not None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -249,7 +264,10 @@ def _end_with(parent: Any) -> None:
 
 
 def _cores() -> int:
-  """The cores that this process may use."""
-  if hasattr(os, 'sched_getaffinity'):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
+  """The cores that this process may use, by its affinity and by its container's quota."""
+  affinity = hasattr(os, 'sched_getaffinity')
+  cores = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
+  with contextlib.suppress(OSError, ValueError):
+    quota, period = Path('/sys/fs/cgroup/cpu.max').read_text(encoding='utf-8').split()
+    cores = min(cores, max(1, int(quota) // int(period)))
+  return cores

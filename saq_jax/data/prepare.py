@@ -6,7 +6,6 @@ import importlib.util
 import io
 import logging
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,10 +15,13 @@ from typing import NoReturn, TextIO
 import tensorflow_datasets as tfds
 
 from saq_jax.data.builders import check_features, errors_only, find_builder, is_prepared, open_split
-from saq_jax.data.catalog import known, prepare_command, splits_of
+from saq_jax.data.catalog import known, prepare_command, training_command
+from saq_jax.data.datasets import load_records
 from saq_jax.data.decode import RecordError, decode
 from saq_jax.data.digits import Digits, prepare_digits
 from saq_jax.data.folder import FOLDER, prepare_folder
+from saq_jax.data.folder_listing import Progress, some
+from saq_jax.data.resize import Resizing
 
 _HELP = """\
 Prepares a dataset once, as array_record files, which are read without TensorFlow, and checks them.
@@ -32,15 +34,6 @@ Prepares a dataset once, as array_record files, which are read without TensorFlo
   imagenet2012    likewise, and the two tar files of image-net.org in --manual_dir
 """
 _CODES = 'Exit codes: 0 done; 1 a failed download, damaged data or a failing disk; 2 wrong input.'
-
-# An experiment for each dataset; the others borrow one for images like theirs.
-_CONFIGS = {
-  'cifar10': 'preresnet20_4bit_cifar10',
-  'cifar100': 'preresnet20_4bit_cifar100',
-  'imagenet2012': 'resnet18_4bit',
-  'oxford_flowers102': 'vitb16_4bit_flowers102',
-  'oxford_iiit_pet': 'vitb16_4bit_pets',
-}
 
 
 class PreparationError(Exception):
@@ -68,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     data_dir = os.path.expanduser(args.data_dir) if args.data_dir else None
     builder = _prepare(args.name, data_dir, args.manual_dir, args.skip_damaged)
     _check(builder, args.name, data_dir)
-    print(f'Train on it:\n  {_training_command(builder, args.name, data_dir)}')
+    counts = {split: i.num_examples for split, i in builder.info.splits.items() if i.num_examples}
+    if args.check_all:
+      _check_all(builder, args.name, data_dir, counts)
+    print(training_command(args.name, data_dir, builder.info.features['image'].shape, counts))
   except SystemExit:  # After --help.
     return 0
   except ValueError as error:
@@ -94,6 +90,9 @@ def _parser() -> _Parser:
   parser.add_argument('--manual_dir', help='where files lie that you have fetched yourself')
   parser.add_argument(
     '--skip_damaged', action='store_true', help='leave out images of a folder that cannot be opened'
+  )
+  parser.add_argument(
+    '--check_all', action='store_true', help='decode every image, not only the ends of each split'
   )
   return parser
 
@@ -275,23 +274,23 @@ def _check_split(
       _note(f'{words}: {path}; training ends at it, unless config.data.skip_damaged is set')
 
 
-def _training_command(builder: tfds.core.DatasetBuilder, name: str, data_dir: str | None) -> str:
-  """A line that trains on the dataset."""
-  plain, features, splits = name.split(':')[0], builder.info.features, builder.info.splits
-  flags = {'data_dir': data_dir} if data_dir else {}
-  config = 'digits_4bit' if plain == Digits.name else _CONFIGS.get(plain)
-  if not config:
-    photos = None in features['image'].shape
-    config = 'vitb16_4bit_flowers102' if photos else 'preresnet20_4bit_cifar10'
-    path = os.path.abspath(os.path.expanduser(name.removeprefix(FOLDER)))
-    flags['name'] = FOLDER + path if name.startswith(FOLDER) else name
-    usual = splits_of(name)
-    if usual.test not in splits and 'validation' in splits:
-      flags['eval_split'] = 'validation'
-    elif usual.test not in splits:
-      flags |= {'train_split': usual.tuning_train, 'eval_split': usual.tuning_test}
-  words = [f'--config.data.{key}={shlex.quote(value)}' for key, value in flags.items()]
-  return ' '.join(['python -m saq_jax.main', f'--config configs/{config}.py', *words])
+def _check_all(
+  builder: tfds.core.DatasetBuilder, name: str, data_dir: str | None, counts: dict[str, int]
+) -> None:
+  """Decodes every image."""
+  damaged, total = list[str](), sum(counts.values())
+  for split, count in counts.items():
+    progress = Progress(f'of {count:,} images of {split} decoded', _note)
+    records = load_records(name, split, data_dir, Resizing(1, 1))
+    damaged += [f'{split} {record}' for record in records.find_damaged(progress.tell)]
+  if not damaged:
+    return _note(f'all {total:,} images can be decoded')
+  mend = f'delete {builder.data_dir} and run `{prepare_command(name, data_dir)}` again'
+  if name.startswith(FOLDER):
+    mend = 'mend or delete them and prepare it again, or set config.data.skip_damaged'
+  raise PreparationError(
+    f'{name}: {len(damaged):,} of {total:,} images are damaged: {some(damaged)}: {mend}'
+  )
 
 
 if __name__ == '__main__':

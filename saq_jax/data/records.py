@@ -1,5 +1,6 @@
 """Encoded images of any size, decoded and brought to one size when a batch asks for them."""
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,14 @@ Batch = dict[str, np.ndarray]
 
 # Keeps the bits of an example's augmentation apart from those that order the examples.
 _AUGMENTATION = 1
+# Damaged records in a row after which no other one is looked for: so many are no accident.
+_TRIES = 100
+_BLOCK = 1000  # Records that are checked together.
+_UNREADABLE = (RuntimeError, OSError, ValueError, KeyError)
+
+
+class LabelError(RecordError):
+  """A label that is not a class: the dataset is a wrong one, which leaving it out would hide."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,7 +37,8 @@ class Records:
     resizing: how images come to one size.
     rand_augment: of training images; None for none.
     flip: mirrors a training image with probability one half, before `rand_augment`.
-    skip_damaged: takes the next sound image where one is damaged; else that is an error.
+    skip_damaged: takes the next sound image where one is damaged, or where its record cannot be
+      read; else that is an error.
     name: of the set, for messages.
   """
 
@@ -69,20 +79,15 @@ class Records:
       bool [b], true where the example's image is another one's in its place.
 
     Raises:
-      RecordError: an image cannot be decoded, or a label is not a class.
+      RecordError: a record cannot be read or decoded, with `skip_damaged` a hundred in a row, or a
+        label is not a class.
     """
     batch = self._empty(len(indices))
     for row, (index, position) in enumerate(zip(indices.tolist(), positions, strict=True)):
       draws = _uniform(seed, position, self._num_draws)
-      for attempt in range(len(self)):
-        try:
-          label = self._augment((index + attempt) % len(self), draws, batch['image'][row])
-          break
-        except RecordError:
-          if not self.skip_damaged or attempt + 1 == len(self):
-            raise
-          batch['damaged'][row] = True
-      batch['label'][row] = label
+      batch['label'][row], damaged = self._next_sound(index, draws, batch['image'][row])
+      if damaged:
+        batch['damaged'][row] = True
     return batch
 
   def eval_batch(self, indices: np.ndarray) -> Batch:
@@ -95,19 +100,48 @@ class Records:
       As `train_batch`; a damaged image is black, and no other one stands in for it.
 
     Raises:
-      RecordError: an image cannot be decoded, or a label is not a class.
+      RecordError: a record cannot be read or decoded, or a label is not a class.
     """
     batch, sizes = self._empty(len(indices)), self.resizing
     for row, index in enumerate(indices.tolist()):
       try:
-        data, batch['label'][row] = self._read(index)
-        pixels = self._named(index, decode, data, self.channels)
+        record = self._read(index)
+        batch['label'][row] = record['label']
+        pixels = self._named(index, record, decode, self.channels)
         batch['image'][row] = centre(pixels, sizes.size, sizes.resize, sizes.interpolation)
+      except LabelError:
+        raise
       except RecordError:
         if not self.skip_damaged:
           raise
         batch['damaged'][row] = True
     return batch
+
+  def find_damaged(self, tell: Callable[[int], object]) -> list[str]:
+    """Reads and decodes every record.
+
+    Args:
+      tell: is called with the number of records that are done, now and then.
+
+    Returns:
+      What cannot be used, such as 'record 3 (train_3.JPEG)'.
+    """
+
+    def damaged(index: int) -> str | None:
+      record: dict[str, Any] = {}
+      try:
+        record = self._read(index)
+        decode(record['image'], self.channels)
+      except RecordError:
+        return _name_of(index, record)
+      return None
+
+    found: list[str | None] = []
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+      for start in range(0, len(self), _BLOCK):
+        found += pool.map(damaged, range(start, min(start + _BLOCK, len(self))))
+        tell(len(found))
+    return [name for name in found if name]
 
   def _empty(self, count: int) -> Batch:
     """A batch to fill."""
@@ -124,14 +158,29 @@ class Records:
     """Random numbers an example: of the crop, the flip and RandAugment."""
     return DRAWS + 1 + (self.rand_augment.num_draws if self.rand_augment else 0)
 
+  def _next_sound(self, index: int, draws: np.ndarray, out: np.ndarray) -> tuple[int, bool]:
+    """Writes a training image or, where it is damaged, the next; its label, and if it is that."""
+    tries = min(len(self), _TRIES)
+    for attempt in range(tries):
+      try:
+        return self._augment((index + attempt) % len(self), draws, out), attempt > 0
+      except LabelError:
+        raise
+      except RecordError as error:
+        if not self.skip_damaged:
+          raise
+        last = error
+    raise RecordError(
+      f'{tries} records in a row are damaged, too many to leave out; the last is {last}'
+    ) from last
+
   def _augment(self, index: int, draws: np.ndarray, out: np.ndarray) -> int:
     """Writes a training image, [size, size, C], and gives its label."""
-    data, label = self._read(index)
-    sizes = self.resizing
+    record, sizes = self._read(index), self.resizing
     pixels = self._named(
       index,
+      record,
       decode_part,
-      data,
       self.channels,
       lambda width, height: random_box(width, height, draws[:DRAWS], sizes.crop_scale),
       fast=sizes.interpolation == 'fast',
@@ -142,32 +191,80 @@ class Records:
       out[...] = out[:, ::-1].copy()
     if self.rand_augment:
       out[...] = from_pil(self.rand_augment(to_pil(out), draws[DRAWS + 1 :]))
-    return label
+    return int(record['label'])
 
-  def _read(self, index: int) -> tuple[bytes, int]:
-    """An image file and its label."""
-    record = self.records[index]
+  def _read(self, index: int) -> dict[str, Any]:
+    """A record whose label is a class."""
+    try:
+      record = read_record(self.records, index)
+    except RecordError as error:
+      raise RecordError(f'{self._title(index, {})} {error}{self._hint("records")}') from error
     label = int(record['label'])
     if not 0 <= label < self.num_classes:
-      raise RecordError(
-        f'{self._title(index)}: label {label} is not one of {self.num_classes} classes'
+      raise LabelError(
+        f'{self._title(index, record)}: label {label} is not one of {self.num_classes} classes'
       )
-    return record['image'], label
+    return record
 
-  def _named(self, index: int, decode_fn: Callable[..., np.ndarray], *args: Any, **kw: Any) -> Any:
-    """What the function gives, or an error that names the record."""
+  def _named(
+    self,
+    index: int,
+    record: dict[str, Any],
+    decode_fn: Callable[..., np.ndarray],
+    *args: Any,
+    **kw: Any,
+  ) -> np.ndarray:
+    """What the function makes of the record's image, or an error that names the record."""
     try:
-      return decode_fn(*args, **kw)
+      return decode_fn(record['image'], *args, **kw)
     except RecordError as error:
-      raise RecordError(
-        f'{self._title(index)}: {error}; config.data.skip_damaged=True leaves such images out'
-      ) from error
+      raise RecordError(f'{self._title(index, record)}: {error}{self._hint("images")}') from error
 
-  def _title(self, index: int) -> str:
-    """What a reader calls a record."""
-    file_name = self.records[index].get('file_name')
-    file = f' ({file_name.decode() if isinstance(file_name, bytes) else file_name})'
-    return f'{self.name}, record {index}' + (file if file_name else '')
+  def _hint(self, what: str) -> str:
+    """How to go on without what is damaged, where that is not done already."""
+    return '' if self.skip_damaged else f'; config.data.skip_damaged=True leaves such {what} out'
+
+  def _title(self, index: int, record: dict[str, Any]) -> str:
+    """What a reader calls a record; {} where it cannot be read."""
+    return f'{self.name}, {_name_of(index, record)}'
+
+
+def read_record(records: Sequence[dict[str, Any]], index: int) -> dict[str, Any]:
+  """Reads a record, of whose file any part may be damaged.
+
+  Args:
+    records: as tfds opens them.
+    index: of the record.
+
+  Returns:
+    The record.
+
+  Raises:
+    RecordError: it cannot be read; the message, to be put after the record's name, says why and
+      what to do.
+
+  Example:
+    >>> read_record([{'label': 3}], 0)
+    {'label': 3}
+  """
+  try:
+    return records[index]
+  except Exception as error:
+    # protobuf's error is not one of those, and nothing else here needs protobuf.
+    if not isinstance(error, _UNREADABLE) and type(error).__name__ != 'DecodeError':
+      raise
+    reason = ' '.join(str(error).split())[:200]
+    raise RecordError(
+      f"cannot be read from its file ({reason}): delete the dataset's directory and run"
+      ' `python -m saq_jax.data.prepare` for it again'
+    ) from error
+
+
+def _name_of(index: int, record: dict[str, Any]) -> str:
+  """A record as 'record 3 (file.jpg)', or without the file."""
+  name = record.get('file_name')
+  file = f' ({name.decode() if isinstance(name, bytes) else name})' if name else ''
+  return f'record {index}{file}'
 
 
 def _uniform(seed: int, position: int, count: int) -> np.ndarray:

@@ -153,7 +153,7 @@ def _share(batch_size: int, process_index: int, process_count: int) -> slice:
   return slice(process_index * size, (process_index + 1) * size)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
   """Returns the order of an epoch's examples, int64 [count]."""
   bits = np.random.Philox(np.random.SeedSequence((seed, epoch))).random_raw(count)

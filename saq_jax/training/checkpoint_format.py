@@ -1,5 +1,8 @@
 """The form of one checkpoint on disk: written with a sum of each leaf's bits, checked when read."""
 
+import dataclasses
+import json
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +12,15 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-__all__ = ['FORMAT', 'DamagedCheckpointError', 'describe', 'read_state', 'read_subtrees']
+__all__ = [
+  'FORMAT',
+  'DamagedCheckpointError',
+  'Notes',
+  'describe',
+  'read_notes',
+  'read_state',
+  'read_subtrees',
+]
 
 # The version of what a checkpoint holds; it grows when an older reader would misread a newer one.
 FORMAT = 1
@@ -23,12 +34,26 @@ class DamagedCheckpointError(ValueError):
   """A checkpoint that was finished but cannot be read any more, or not as it was written."""
 
 
-def describe(step: int, state: Any) -> dict[str, Any]:
-  """What is stored beside a state: the format, and a sum of bits for each leaf.
+@dataclasses.dataclass(frozen=True)
+class Notes:
+  """What is noted beside a state.
+
+  Attributes:
+    of_run: JSON values of the run's own, by name.
+    score: how good the state is, where that is known; more is better.
+  """
+
+  of_run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  score: float | None = None
+
+
+def describe(step: int, state: Any, notes: Notes = Notes()) -> dict[str, Any]:
+  """What is stored beside a state: the format, a sum of bits for each leaf, and notes.
 
   Args:
     step: the number of finished training steps.
     state: a tree of arrays.
+    notes: come back by `read_notes`.
 
   Returns:
     A dict of JSON values.
@@ -42,7 +67,10 @@ def describe(step: int, state: Any) -> dict[str, Any]:
   for parts in paths:
     if (other := seen.setdefault('.'.join(parts), parts)) != parts:
       raise ValueError(f'leaves {other} and {parts} would share one name: rename a key with a dot')
-  return {'kind': _KIND, 'format': FORMAT, 'step': step, 'sums': _sums(paths)}
+  about = {'kind': _KIND, 'format': FORMAT, 'step': step, 'sums': _sums(paths)}
+  # As text, so that its sum is one of bits.
+  text = json.dumps([notes.of_run, notes.score], sort_keys=True)
+  return about | {'notes': text, 'sum_of_notes': zlib.crc32(text.encode())}
 
 
 def read_state(step_dir: epath.Path, example: Any) -> Any:
@@ -59,10 +87,27 @@ def read_state(step_dir: epath.Path, example: Any) -> Any:
     DamagedCheckpointError: if it cannot be read, or differs from what was written.
     ValueError: if it is of a newer format, or does not fit `example`.
   """
-  stored, sums = _open(step_dir)
+  stored, about = _open(step_dir)
   _check_fit(step_dir, _paths(stored), _paths(example))
   placing = ocp.checkpoint_utils.construct_restore_args(example)
-  return _read(step_dir, ocp.args.PyTreeRestore(item=example, restore_args=placing), sums)
+  return _read(step_dir, ocp.args.PyTreeRestore(item=example, restore_args=placing), about)
+
+
+def read_notes(step_dir: epath.Path) -> Notes:
+  """Reads what was noted beside a state.
+
+  Args:
+    step_dir: the directory of one checkpoint.
+
+  Returns:
+    The notes.
+
+  Raises:
+    DamagedCheckpointError: if they cannot be read, or differ from what was written.
+    ValueError: if the checkpoint is of a newer format.
+  """
+  _, about = _open(step_dir)
+  return Notes(*json.loads(about['notes'])) if 'notes' in about else Notes()
 
 
 def read_subtrees(step_dir: epath.Path, names: tuple[str, ...]) -> tuple[Any, ...]:
@@ -79,18 +124,18 @@ def read_subtrees(step_dir: epath.Path, names: tuple[str, ...]) -> tuple[Any, ..
     DamagedCheckpointError: if they cannot be read, or differ from what was written.
     ValueError: if the checkpoint is of a newer format, or lacks one of the names.
   """
-  stored, sums = _open(step_dir)
+  stored, about = _open(step_dir)
   if missing := [name for name in names if name not in stored]:
     raise ValueError(f'checkpoint {step_dir} has no {missing[0]!r}; it holds {sorted(stored)}')
   wanted = {name: stored[name] for name in names}
   placing = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
   args = ocp.args.PyTreeRestore(item=wanted, restore_args=placing, partial_restore=True)
-  restored = _read(step_dir, args, sums)
+  restored = _read(step_dir, args, about)
   return tuple(restored[name] for name in names)
 
 
-def _open(step_dir: epath.Path) -> tuple[Mapping[str, Any], dict[str, int]]:
-  """The tree of shapes and dtypes a checkpoint holds, and its sums, after a look at the format."""
+def _open(step_dir: epath.Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+  """The tree of shapes and dtypes a checkpoint holds, and its description, if it can be read."""
   try:
     with _reader() as reader:
       metadata = reader.metadata(step_dir)
@@ -106,16 +151,19 @@ def _open(step_dir: epath.Path) -> tuple[Mapping[str, Any], dict[str, int]]:
       f'checkpoint {step_dir} has format {version}, this version reads up to {FORMAT}: '
       'use the newer version of saq_jax that wrote it'
     )
-  return stored, about.get('sums', {})
+  if zlib.crc32(str(about.get('notes', '')).encode()) != about.get('sum_of_notes', 0):
+    raise _damage(step_dir, ValueError('its notes are not what was written'))
+  return stored, about
 
 
-def _read(step_dir: epath.Path, args: ocp.args.PyTreeRestore, sums: dict[str, int]) -> Any:
+def _read(step_dir: epath.Path, args: ocp.args.PyTreeRestore, about: dict[str, Any]) -> Any:
   """Reads the arrays; whatever stops that, now that the trees fit, is damage."""
   try:
     with _reader() as reader:
       restored = reader.restore(step_dir, args=ocp.args.Composite(state=args))['state']
   except Exception as error:
     raise _judged(step_dir, error) from error
+  sums = about.get('sums', {})
   for name, found in _sums(_paths(restored)).items():
     if found != sums.get(name):
       raise _damage(step_dir, ValueError(f'{name} is not what was written'))

@@ -8,7 +8,9 @@ import dataclasses
 from typing import Literal
 
 from saq_jax.training.bounds import ABOVE_0, within
+from saq_jax.training.checkpoint_config import CheckpointConfig
 from saq_jax.training.data_config import AugmentConfig, DataConfig
+from saq_jax.training.watch_config import WatchConfig
 
 QuantizerName = Literal['lsq', 'liq', 'pact', 'dorefa']
 
@@ -105,6 +107,10 @@ class SAQConfig:
       convolutional networks.
     perturb_embeddings: shift class tokens, position embeddings and biases too.
     batch_stats_from_both: running statistics move in both passes, as in the authors' code.
+    perturbation: 'batch': one of the whole batch's gradient. 'device': each device perturbs by the
+      gradient of its own share (m-sharpness), as in the authors' code. 'group': each group of
+      `group_size` examples by its own. In the latter two norms over the batch are each group's.
+    group_size: of 'group'; it divides each device's share of the batch.
     second_pass_float32: with a model in bfloat16, take the second gradient in float32 (ours). In
       bfloat16 most of a perturbation is below the spacing of the weights and is rounded away.
   """
@@ -120,7 +126,27 @@ class SAQConfig:
   perturb_norms: bool = True
   perturb_embeddings: bool = True
   batch_stats_from_both: bool = False
+  perturbation: Literal['batch', 'device', 'group'] = 'batch'
+  group_size: int | None = within(None, 1)
   second_pass_float32: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """How the state lies on the devices.
+
+  Attributes:
+    fsdp: devices that share the parameters and the optimizer's state among them; it divides the
+      number of devices. The batch is spread over all devices in any case.
+    min_shard: arrays of fewer elements are whole on every device.
+    gather: what crosses the wire where weights come together for the first pass: 'floats', or
+      'codes': the integers that they are quantized to (packed in pairs at 4 bits and less), from
+      which the same weights are made.
+  """
+
+  fsdp: int = within(1, 1)
+  min_shard: int = within(2**14, 0)
+  gather: Literal['floats', 'codes'] = 'floats'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +166,10 @@ class StageConfig:
     warmup_epochs: of a linear rise of the learning rate.
     clip_norm: clips the gradient that the optimizer gets to this global norm; None does not.
     label_smoothing: 0 to below 1.
+    accumulate: parts of the batch that go through the network one after the other, for want of
+      memory. Gradients and perturbation are those of the whole batch; only norms over the batch
+      and the gradient scale of LSQ's activations (but for `quant.lsq_grad_scale='feature'`) see
+      each part by itself.
   """
 
   epochs: float = within(40.0, ABOVE_0)
@@ -154,6 +184,7 @@ class StageConfig:
   warmup_epochs: float = within(0.0, 0)
   clip_norm: float | None = within(None, ABOVE_0)
   label_smoothing: float = within(0.0, 0, 0.999)
+  accumulate: int = within(1, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,9 +231,12 @@ class ExperimentConfig:
   model: ModelConfig = ModelConfig()
   quant: QuantConfig = QuantConfig()
   saq: SAQConfig = SAQConfig()
+  mesh: MeshConfig = MeshConfig()
   float_stage: StageConfig = StageConfig()
   quant_stage: StageConfig = StageConfig(epochs=30.0, lr=0.02, scale_lr=0.02)
   compare: CompareConfig = CompareConfig()
+  checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+  watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
   init_from: str | None = None
   methods: tuple[Literal['qat', 'saq'], ...] = ('qat', 'saq')
   eval_every_epochs: float = within(2.0, ABOVE_0)

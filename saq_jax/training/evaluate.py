@@ -55,13 +55,19 @@ def make_evaluator(
     mesh: the devices the batches are spread over.
     examples: the split.
     batch_size: global; the last batch is padded, and the padding masked.
-    reading: who makes the batches.
+    reading: how long to wait for a batch. Threads make them: processes would take longer to begin
+      than most evaluations do.
 
   Returns:
     A function of (params, batch_stats), compiled once.
   """
   whole, split = replicated(mesh), over_batch(mesh)
-  quantize = jax.jit(network.quantize, out_shardings=whole)
+
+  # Wherever the state lies, each device evaluates with all of it.
+  @functools.partial(jax.jit, out_shardings=whole)
+  def bring(params: PyTree, batch_stats: PyTree) -> tuple[PyTree, PyTree]:
+    return network.quantize(params), batch_stats
+
   step = jax.jit(
     functools.partial(eval_step, network=network, config=config),
     in_shardings=(whole, whole, split),
@@ -69,7 +75,7 @@ def make_evaluator(
   )
 
   def evaluate(params: PyTree, batch_stats: PyTree) -> Score:
-    z = quantize(params)
+    z, batch_stats = bring(params, batch_stats)
     source = eval_source(
       examples,
       batch_size,
@@ -77,7 +83,8 @@ def make_evaluator(
       process_count=jax.process_count(),
     )
     transfer = functools.partial(to_devices, mesh=mesh)
-    with Loader(source, 0, len(source), transfer, reading, decodes=examples.decodes) as batches:
+    threads = dataclasses.replace(reading, workers=0)
+    with Loader(source, 0, len(source), transfer, threads, decodes=examples.decodes) as batches:
       sums = [step(z, batch_stats, batch) for batch in batches]
     totals = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
     count, damaged = round(totals['count']), round(totals.get('damaged', 0))

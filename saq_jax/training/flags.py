@@ -10,6 +10,7 @@ from ml_collections import config_dict
 
 from saq_jax.training.config import ExperimentConfig
 from saq_jax.training.parsing import default_config, parse
+from saq_jax.training.profile import Profile
 
 
 class UsageError(ValueError):
@@ -72,6 +73,30 @@ def take_flag(arguments: list[str], flag: str) -> str | None:
       del arguments[i]
       return value
   return None
+
+
+def take_profile(arguments: list[str]) -> Profile | None:
+  """Takes `--profile=M:N` out of the arguments.
+
+  Args:
+    arguments: is changed.
+
+  Returns:
+    What is to be recorded, if anything.
+
+  Raises:
+    UsageError: if its value is no pair of steps.
+
+  Example:
+    >>> arguments = ['--profile=10:20', '--config.seed=1']
+    >>> take_profile(arguments).wants(15), arguments
+    (True, ['--config.seed=1'])
+  """
+  text = take_flag(arguments, '--profile')
+  try:
+    return None if text is None else Profile.parse(text)
+  except ValueError as error:
+    raise UsageError(f'--profile={text}: {error}.') from None
 
 
 def _read_config(path: Path) -> config_dict.ConfigDict:

@@ -1,5 +1,7 @@
 """The examples that the settings name, opened or read, and whether batches of them fit."""
 
+import math
+
 from jax.sharding import Mesh
 
 from saq_jax.data.datasets import Dataset, load_examples, load_records
@@ -7,7 +9,7 @@ from saq_jax.data.randaugment import RandAugment
 from saq_jax.data.resize import Resizing
 from saq_jax.training.bounds import ConfigError
 from saq_jax.training.config import ExperimentConfig
-from saq_jax.training.sharding import require_divisible
+from saq_jax.training.sharding import make_mesh, require_divisible
 
 
 def load_splits(config: ExperimentConfig) -> tuple[Dataset, Dataset]:
@@ -89,11 +91,40 @@ def require_fitting_batches(config: ExperimentConfig, train: Dataset, mesh: Mesh
   """
   require_enough(config, train)
   data = config.data
+  parts = math.lcm(
+    config.float_stage.accumulate,
+    config.quant_stage.accumulate,
+  )
   try:
-    require_divisible(data.batch_size, mesh, 'config.data.batch_size')
+    require_divisible(data.batch_size, mesh, 'config.data.batch_size', parts)
     require_divisible(data.eval_batch_size, mesh, 'config.data.eval_batch_size')
+    share, group = data.batch_size // mesh.size, config.saq.group_size
+    if group and share % (group * config.quant_stage.accumulate):
+      raise ValueError(
+        f"config.saq.group_size={group}: must divide a device's share of the batch, {share}"
+        + (', after quant_stage.accumulate' if config.quant_stage.accumulate > 1 else '')
+        + '.'
+      )
   except ValueError as error:
     raise ConfigError(str(error)) from None
+
+
+def mesh_of(config: ExperimentConfig) -> Mesh:
+  """The devices, laid out as the settings say.
+
+  Args:
+    config: the experiment.
+
+  Returns:
+    The mesh.
+
+  Raises:
+    ConfigError: if they cannot be laid out so.
+  """
+  try:
+    return make_mesh(config.mesh.fsdp)
+  except ValueError as error:
+    raise ConfigError(f'config.mesh.fsdp={config.mesh.fsdp}: {error}') from error
 
 
 def require_enough(config: ExperimentConfig, train: Dataset) -> None:

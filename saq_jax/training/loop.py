@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,19 +14,36 @@ from jax.sharding import Mesh
 
 from saq_jax._paths import PyTree
 from saq_jax.data.datasets import Dataset
-from saq_jax.data.loader import Loader, Reading
+from saq_jax.data.loader import Loader, LoaderError, Reading
 from saq_jax.data.source import train_source
+from saq_jax.training.bookkeeping import (
+  Bookkeeping,
+  DivergedError,
+  Leg,
+  PreemptedError,
+  StepBackError,
+)
 from saq_jax.training.bounds import ConfigError
 from saq_jax.training.checkpoint import Checkpoints
+from saq_jax.training.checkpoint_config import CheckpointConfig
+from saq_jax.training.config import MeshConfig
 from saq_jax.training.evaluate import Score, make_evaluator
 from saq_jax.training.log import StageLog
 from saq_jax.training.network import Network
+from saq_jax.training.passes import Groups
+from saq_jax.training.profile import Profile
 from saq_jax.training.progress import Progress
-from saq_jax.training.sharding import over_batch, replicated, to_devices
+from saq_jax.training.sharding import Layout, over_batch, replicated, to_devices
 from saq_jax.training.signals import Stop
 from saq_jax.training.state import TrainState
-from saq_jax.training.step import Metrics, StepConfig, TrainStep, train_step
+from saq_jax.training.step import StepConfig, TrainStep, train_step
+from saq_jax.training.watch_config import WatchConfig
+from saq_jax.training.watch_loss import LossWatch
+from saq_jax.training.watch_replay import StepsBack, slowed
+from saq_jax.training.watch_stall import StallWatch
 from saq_jax.training.workdir import WorkdirError
+
+__all__ = ['Begin', 'DivergedError', 'PreemptedError', 'Stage', 'run_stage']
 
 Begin = Callable[[Array, PyTree], TrainState]
 
@@ -38,7 +55,8 @@ class Stage:
   Attributes:
     name: of its directory and its progress line: 'float', 'qat' or 'saq'.
     network: what is trained.
-    tx: `optax.chain(saq(...) or qat(...), optimizer)`.
+    slot: `saq(...)` or `qat(...)`, the first link of the chain.
+    optimizer: the rest of it.
     lr: the schedule of the learning rate, for the metrics.
     step: augmentation, loss and batch statistics.
     seed: of the order of the examples.
@@ -51,11 +69,17 @@ class Stage:
     eval_every: steps between evaluations.
     checkpoint_every: steps between checkpoints.
     log_every: steps between lines of metrics.
+    mesh: how the state lies on the devices.
+    per_device: each device perturbs by the gradients of its own share of the batch.
+    group_size: examples a perturbation then; None for the share as a whole.
+    watch: what the stage looks out for.
+    checkpoint: which checkpoints it keeps.
   """
 
   name: str
   network: Network
-  tx: optax.GradientTransformationExtraArgs
+  slot: optax.GradientTransformationExtraArgs
+  optimizer: optax.GradientTransformation
   lr: optax.Schedule
   step: StepConfig
   seed: int
@@ -68,14 +92,16 @@ class Stage:
   eval_every: int
   checkpoint_every: int
   log_every: int
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  per_device: bool = False
+  group_size: int | None = None
+  watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
+  checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
-
-class PreemptedError(RuntimeError):
-  """The run was asked to stop; its state is saved and the same command goes on with it."""
-
-
-class DivergedError(RuntimeError):
-  """The loss or the gradient is not finite."""
+  @property
+  def tx(self) -> optax.GradientTransformationExtraArgs:
+    """The whole chain."""
+    return optax.chain(self.slot, self.optimizer)
 
 
 def run_stage(
@@ -87,6 +113,7 @@ def run_stage(
   mesh: Mesh,
   directory: Path,
   stop: Stop,
+  profile: Profile | None = None,
 ) -> tuple[TrainState, Score]:
   """Trains a stage to its end, from its newest checkpoint if it has one.
 
@@ -99,48 +126,106 @@ def run_stage(
     mesh: the devices.
     directory: holds 'checkpoints', and what `StageLog` writes.
     stop: asks to save and leave.
+    profile: steps to record, if any.
 
   Returns:
     The final state and its score on `test`.
 
   Raises:
     PreemptedError: if it was asked to stop; the state is saved.
-    DivergedError: if a loss or a gradient is not finite.
+    DivergedError: if it diverges, and may not or cannot go back to a checkpoint.
     LoaderError, RecordError: if no batch comes, or one cannot be made.
     ConfigError: if the given weights do not fit.
     WorkdirError: if what is in the directory cannot be gone on with.
+    OSError: if the disk is full or fails where the run cannot go on without it.
   """
   first = _first_images(stage, train)
+  layout = Layout(mesh, stage.mesh.min_shard)
   evaluate = make_evaluator(
     stage.network, stage.step, mesh, test, stage.eval_batch_size, stage.reading
   )
-  with Checkpoints(directory / 'checkpoints') as checkpoints:
+  kept = stage.checkpoint
+  with Checkpoints(
+    directory / 'checkpoints', kept.keep, keep_best=kept.keep_best, every=stage.checkpoint_every
+  ) as checkpoints:
+    went_back: StepsBack | None = None
+    while True:
+      start, state, notes = _restored(checkpoints, _abstract(begin, layout, first, weights))
+      if state is None:
+        state = _started(begin, layout, first, weights)
+      losses = LossWatch(stage.watch, notes, went_back)
+      leg = Leg(_replayed(stage, losses.steps_back), start, losses, directory, stop, profile)
+      try:
+        state, score = _train(leg, state, checkpoints, evaluate, train, mesh)
+        return state, score or evaluate(state.params, state.batch_stats)
+      except StepBackError as error:
+        went_back = error.steps_back
+      del state  # before another one is made
+      checkpoints.drop_after(went_back.to)
+
+
+def _restored(
+  checkpoints: Checkpoints, example: TrainState
+) -> tuple[int, TrainState | None, Mapping[str, Any]]:
+  """The step, state and notes of the newest checkpoint; no state where there is none."""
+  try:
+    restored = checkpoints.restore_latest(example)
+    return (0, None, {}) if restored is None else (*restored, checkpoints.notes(restored[0]))
+  except ConfigError:
+    raise
+  except ValueError as error:
+    raise WorkdirError(str(error)) from error
+
+
+def _train(
+  leg: Leg,
+  state: TrainState,
+  checkpoints: Checkpoints,
+  evaluate: Callable[[PyTree, PyTree], Score],
+  train: Dataset,
+  mesh: Mesh,
+) -> tuple[TrainState, Score | None]:
+  """Takes the steps that are left; with the score of the last one, if any was taken."""
+  stage, start, steps_back = leg.stage, leg.start, leg.losses.steps_back
+  if start == stage.total_steps:
+    return state, None
+  score = None
+  # Where batches are left out, the stream is longer by them.
+  stream = dataclasses.replace(stage, total_steps=stage.total_steps + steps_back.skipped)
+  with (
+    StageLog(leg.directory, stage.steps_per_epoch, start or None, steps_back.count) as log,
+    Progress(stage.name, stage.total_steps, start) as progress,
+    StallWatch(stage.watch, stage.name, stage.total_steps) as stalls,
+    _batches(stream, train, mesh, start + steps_back.skipped) as batches,
+    Bookkeeping(leg, _compiled(stage, mesh, state), checkpoints, log, progress, stalls) as books,
+  ):
+    step = start
     try:
-      restored = checkpoints.restore_latest(_abstract(begin, mesh, first, weights))
-    except ConfigError:
-      raise
-    except ValueError as error:
-      raise WorkdirError(str(error)) from error
-    start = 0 if restored is None else restored[0]
-    state = _started(begin, mesh, first, weights) if restored is None else restored[1]
-    score = None
-    if start < stage.total_steps:
-      with (
-        StageLog(directory, stage.steps_per_epoch, start if restored else None) as log,
-        Progress(stage.name, stage.total_steps, start) as progress,
-        _batches(stage, train, mesh, start) as batches,
-      ):
-        run = _Run(stage, _compiled(stage, mesh), checkpoints, log, progress, stop)
-        for step, batch in enumerate(batches, start + 1):
-          state = run.advance(state, batch, step)
-          run.time(step, batches.waited)
-          if step % stage.eval_every == 0 or step == stage.total_steps:
-            run.settle()
+      for step, batch in enumerate(batches, start + 1):
+        state = books.advance(state, batch, step)
+        books.time(step, batches.waited)
+        score = None
+        if step % stage.eval_every == 0 or step == stage.total_steps:
+          books.settle()
+          with stalls.waiting(step, 'the evaluation', grows=True):
             score = evaluate(state.params, state.batch_stats)
-            log.write_score(step, score)
-            progress.update(step, test=score.accuracy)
-          run.save_if_due(state, step)
-    return state, score or evaluate(state.params, state.batch_stats)
+          books.score(step, score, batches.waited)
+        books.save_if_due(state, step, score)
+    except LoaderError:
+      # A signal to a whole process group ends the workers too: what is done is saved all the same.
+      if not leg.stop.requested or jax.process_count() > 1:
+        raise
+      books.save_if_due(state, step, None)
+  return state, score
+
+
+def _replayed(stage: Stage, steps_back: StepsBack) -> Stage:
+  """The stage with the learning rate that it has after it went back so often."""
+  if not steps_back.count:
+    return stage
+  factor = stage.watch.backoff**steps_back.count
+  slower = slowed(stage.optimizer, factor)
+  return dataclasses.replace(stage, optimizer=slower, lr=lambda step: factor * stage.lr(step))
 
 
 def _batches(stage: Stage, train: Dataset, mesh: Mesh, start: int) -> Loader[dict[str, Array]]:
@@ -165,97 +250,39 @@ def _first_images(stage: Stage, train: Dataset) -> np.ndarray:
     return next(iter(batches))
 
 
-class _Run:
-  """The bookkeeping of a stage under way: metrics one step late, checkpoints, the wish to stop."""
-
-  def __init__(
-    self,
-    stage: Stage,
-    compiled: TrainStep,
-    checkpoints: Checkpoints,
-    log: StageLog,
-    progress: Progress,
-    stop: Stop,
-  ) -> None:
-    self._stage, self._compiled, self._checkpoints = stage, compiled, checkpoints
-    self._log, self._progress, self._stop = log, progress, stop
-    self._pending: tuple[int, Metrics] | None = None
-    self._new = True
-
-  def advance(self, state: TrainState, batch: dict[str, Array], step: int) -> TrainState:
-    """Starts a step, then reads the metrics of the one before, so that the device never waits."""
-    state, metrics = self._compiled(state, batch)
-    self.settle()
-    self._pending = step, metrics
-    return state
-
-  def time(self, step: int, waited: float) -> None:
-    """Notes the speed whenever metrics are due, and after the first step, which is compiled."""
-    if step % self._stage.log_every == 0 or step == self._stage.total_steps or self._new:
-      share = self._log.write_timing(step, waited)
-      if share is not None:
-        self._progress.update(step - 1, data_wait=share)
-    self._new = False
-
-  def settle(self) -> None:
-    """Reads the metrics that are out, checks them, and writes and shows them."""
-    if self._pending is None:
-      return
-    step, metrics = self._pending
-    self._pending = None
-    figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if not all(math.isfinite(figures[name]) for name in ('loss', 'sharp_grad_norm')):
-      self._log.write(step, figures)
-      raise DivergedError(self._diverged(step, figures))
-    if step % self._stage.log_every == 0 or step in (1, self._stage.total_steps):
-      self._log.write(step, figures)
-    self._progress.update(step, loss=figures['loss'], accuracy=figures['accuracy'])
-
-  def save_if_due(self, state: TrainState, step: int) -> None:
-    """Saves at every checkpoint step, at the end, and when asked to stop."""
-    done = step == self._stage.total_steps
-    stopping = self._stop.requested and not done
-    if done or stopping or step % self._stage.checkpoint_every == 0:
-      self.settle()
-      self._checkpoints.save(step, state)
-    if stopping:
-      self._checkpoints.wait()
-      raise PreemptedError(
-        f"{self._stop.reason}: saved stage '{self._stage.name}' at step {step} of "
-        f'{self._stage.total_steps}; the same command goes on from there.'
-      )
-
-  def _diverged(self, step: int, figures: dict[str, float]) -> str:
-    self._checkpoints.wait()
-    # Step k's metrics tell of the parameters before it: those saved at k show at step k + 1.
-    saved = [known for known in self._checkpoints.steps if known < step - 1]
-    good = f'the last good checkpoint is step {saved[-1]}' if saved else 'no checkpoint is good'
-    return (
-      f"stage '{self._stage.name}' diverged at step {step}: loss {figures['loss']}, gradient norm "
-      f'{figures["sharp_grad_norm"]}, learning rate {figures["lr"]:.3g}; {good}. Lower the '
-      'learning rate or rho, or set clip_norm, and start in another --workdir.'
-    )
-
-
-def _compiled(stage: Stage, mesh: Mesh) -> TrainStep:
+def _compiled(stage: Stage, mesh: Mesh, state: TrainState) -> TrainStep:
   """The train step, jitted once; the state's memory is reused."""
-  whole = replicated(mesh)
+  layout = Layout(mesh, stage.mesh.min_shard)
+  groups = Groups(stage.slot, stage.optimizer, mesh, stage.group_size) if stage.per_device else None
   step = functools.partial(
-    train_step, network=stage.network, tx=stage.tx, lr=stage.lr, config=stage.step
+    train_step,
+    network=stage.network,
+    tx=stage.tx,
+    lr=stage.lr,
+    config=stage.step,
+    groups=groups,
+    layout=layout if layout.cuts else None,
   )
+  placed = layout.shardings(state)
   return jax.jit(
-    step, donate_argnums=0, in_shardings=(whole, over_batch(mesh)), out_shardings=whole
+    step,
+    donate_argnums=0,
+    in_shardings=(placed, over_batch(mesh)),
+    out_shardings=(placed, replicated(mesh)),
   )
 
 
-def _started(begin: Begin, mesh: Mesh, *inputs: PyTree) -> TrainState:
-  """The state at step 0, on every device."""
-  return jax.jit(begin, out_shardings=replicated(mesh))(*inputs)
+def _started(begin: Begin, layout: Layout, *inputs: PyTree) -> TrainState:
+  """The state at step 0, on its devices."""
+  shapes = jax.eval_shape(begin, *inputs)
+  return jax.jit(begin, out_shardings=layout.shardings(shapes))(*inputs)
 
 
-def _abstract(begin: Begin, mesh: Mesh, *inputs: PyTree) -> TrainState:
+def _abstract(begin: Begin, layout: Layout, *inputs: PyTree) -> TrainState:
   """Shapes, dtypes and places of the state, without making it."""
+  shapes = jax.eval_shape(begin, *inputs)
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
-    jax.eval_shape(begin, *inputs),
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    shapes,
+    layout.shardings(shapes),
   )

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
+
+from saq_jax.training.append import AppendedFile
+from saq_jax.training.events import EventFile
 
 __all__ = ['FILE_NAME', 'MetricWriter', 'read_metrics']
 
@@ -24,7 +26,8 @@ class MetricWriter:
 
   Each line is `{"step": 12, "loss": 0.5}`; NaN and infinities are the strings "NaN", "Infinity" and
   "-Infinity", so that every line is strict JSON. A line is handed to the system as soon as it is
-  written: a kill loses the one being written at most. Events may come some seconds later.
+  written: a kill loses the one being written at most. What a full disk does not take is kept, and
+  goes first the next time.
 
   A resumed run writes the steps after its checkpoint again, so their lines are dropped on opening,
   with a line torn by a kill. No line is lost or doubled if those of a step up to k are written
@@ -36,6 +39,7 @@ class MetricWriter:
 
   Raises:
     ValueError: if the file already there holds a line, other than the last, that is not a metric.
+    OSError: if the files cannot be opened.
 
   Example:
     >>> import tempfile
@@ -51,10 +55,8 @@ class MetricWriter:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE_NAME
     _drop_after(path, resume_step)
-    self._lines = path.open('a', encoding='utf-8')
-    # TensorBoard hides the events of earlier files from this step on.
-    first_step = 0 if resume_step is None else resume_step + 1
-    self._events = SummaryWriter(str(folder), purge_step=first_step)
+    self._lines = AppendedFile(path)
+    self._events = EventFile(folder, 0 if resume_step is None else resume_step + 1)
 
   def __enter__(self) -> 'MetricWriter':
     return self
@@ -71,21 +73,40 @@ class MetricWriter:
 
     Raises:
       ValueError: if a figure is called 'step', or is not one real number.
+      OSError: if the disk does not take the line; it is kept for the next time.
     """
     if 'step' in figures:
       raise ValueError("a figure cannot be called 'step': that name holds the step itself")
     record: Record = {'step': int(step)}
     record |= {name: _number(name, value) for name, value in figures.items()}
-    self._lines.write(_encode(record))
-    self._lines.flush()
-    for name in figures:
-      if math.isfinite(record[name]):  # TensorBoard has no place for the others
-        self._events.add_scalar(name, record[name], record['step'])
+    # TensorBoard has no place for the others.
+    finite = {name: record[name] for name in figures if math.isfinite(record[name])}
+    try:
+      self._lines.write(_encode(record).encode())
+    finally:
+      self._events.write(int(step), finite)
+
+  def sync(self) -> None:
+    """Writes the lines that are kept, and waits until all are on the disk itself.
+
+    Raises:
+      OSError: if the disk does not take all.
+    """
+    try:
+      self._lines.sync()
+    finally:
+      self._events.sync()
 
   def close(self) -> None:
-    """Flushes and closes the files."""
-    self._lines.close()
-    self._events.close()
+    """Writes the lines that are kept, and closes the files in any case.
+
+    Raises:
+      OSError: if the disk does not take all.
+    """
+    try:
+      self._lines.close()
+    finally:
+      self._events.close()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
@@ -107,8 +128,15 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
 
 def _records(path: Path) -> Iterator[Record]:
   """The lines of a file, without a last one that was not finished."""
-  with path.open(encoding='utf-8', errors='replace') as lines:
+  return (record for record, _ in _placed_records(path))
+
+
+def _placed_records(path: Path) -> Iterator[tuple[Record, int]]:
+  """The same with the place at which each line ends, in bytes."""
+  end = 0
+  with path.open('rb') as lines:
     for number, line in enumerate(lines, start=1):
+      end += len(line)
       try:
         record = {
           name: float(value) if value in _NOT_FINITE else value
@@ -116,23 +144,28 @@ def _records(path: Path) -> Iterator[Record]:
         }
         record['step'] = int(record['step'])
       except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if line.endswith('\n'):
-          raise ValueError(f'{path}, line {number}, is not a metric: {line[:60]!r}') from error
+        if line.endswith(b'\n'):
+          shown = line[:60].decode(errors='replace')
+          raise ValueError(f'{path}, line {number}, is not a metric: {shown!r}') from error
       else:
-        yield record
+        yield record, end
 
 
 def _drop_after(path: Path, step: int | None) -> None:
-  """Rewrites the file, in one move, with the lines up to a step; None keeps none."""
+  """Cuts the file after the lines up to a step; None keeps none. That takes no room on the disk."""
   if not path.exists():
     return
-  kept = [] if step is None else [record for record in _records(path) if record['step'] <= step]
-  rewritten = path.with_name(path.name + '.new')
-  with rewritten.open('w', encoding='utf-8') as lines:
-    lines.writelines(_encode(record) for record in kept)
+  end = 0
+  if step is not None:
+    end = max((end for record, end in _placed_records(path) if record['step'] <= step), default=0)
+  with path.open('r+b') as lines:
+    lines.truncate(end)
+    if end:
+      lines.seek(end - 1)
+      if lines.read(1) != b'\n':  # a kill took it from a line that is whole
+        lines.write(b'\n')
     lines.flush()
     os.fsync(lines.fileno())
-  os.replace(rewritten, path)
 
 
 def _encode(record: Record) -> str:

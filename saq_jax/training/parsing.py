@@ -214,6 +214,12 @@ def _check(experiment: ExperimentConfig) -> None:
         f'{stage.epochs}.'
       )
   check_data(experiment.data, experiment.augment)
+  perturbed = experiment.saq
+  if (perturbed.perturbation == 'group') != (perturbed.group_size is not None):
+    raise ConfigError(
+      f'config.saq.perturbation={perturbed.perturbation!r}, group_size={perturbed.group_size}: '
+      "'group' needs a group_size, and nothing else takes one."
+    )
   lsq = QuantConfig()
   if 'lsq' not in (quant.weights, quant.acts) and (quant.lsq_init, quant.lsq_grad_scale) != (
     lsq.lsq_init,

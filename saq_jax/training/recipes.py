@@ -46,7 +46,7 @@ def image_data(
   """Photographs of any size: random crops and flips to train, resize and centre crop to evaluate.
 
   Sizes (256, 224) and means are [code]'s for ImageNet. The fast interpolation of training images is
-  [ours]; 'bilinear' is [code]'s, at two thirds of the speed (docs/benchmarks.md).
+  [ours]; 'bilinear' is [code]'s, at 0.6 of the speed (docs/benchmarks.md).
 
   Args:
     config: is changed.

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import jax
-import optax
 from jax import Array
 from jax.sharding import Mesh
 
@@ -17,10 +16,11 @@ from saq_jax.training.build import build_optimizer, build_slot, total_steps
 from saq_jax.training.config import ExperimentConfig, StageConfig
 from saq_jax.training.evaluate import Score, make_evaluator
 from saq_jax.training.given import Given, Weights, given_weights
-from saq_jax.training.inputs import flips_on_host, load_splits, require_fitting_batches
+from saq_jax.training.inputs import flips_on_host, load_splits, mesh_of, require_fitting_batches
 from saq_jax.training.loop import Stage, run_stage
 from saq_jax.training.network import FLOATING, build_network
-from saq_jax.training.sharding import make_mesh
+from saq_jax.training.profile import Profile
+from saq_jax.training.sharding import replicated
 from saq_jax.training.signals import Stop
 from saq_jax.training.state import TrainState, new_state, state_from_weights
 from saq_jax.training.step import StepConfig, prepare_images
@@ -50,13 +50,16 @@ class Outcome:
   image_shape: tuple[int, ...]
 
 
-def train_all(config: ExperimentConfig, workdir: Path, stop: Stop) -> list[Outcome]:
+def train_all(
+  config: ExperimentConfig, workdir: Path, stop: Stop, profile: Profile | None = None
+) -> list[Outcome]:
   """Trains every stage of an experiment, going on where an earlier run of it ended.
 
   Args:
     config: the experiment.
     workdir: its directory; each stage has a folder of its name in it.
     stop: asks to save and leave.
+    profile: steps to record, if any.
 
   Returns:
     The finished stages: the float one, then `config.methods`. Where weights were given, the first
@@ -68,7 +71,7 @@ def train_all(config: ExperimentConfig, workdir: Path, stop: Stop) -> list[Outco
     PreemptedError, DivergedError: as `run_stage`.
   """
   train, test = load_splits(config)
-  mesh = make_mesh()
+  mesh = mesh_of(config)
   require_fitting_batches(config, train, mesh)
   outcomes: list[Outcome] = []
   weights: Weights | None = None
@@ -83,12 +86,18 @@ def train_all(config: ExperimentConfig, workdir: Path, stop: Stop) -> list[Outco
     stage = make_stage(config, name, train)
     begin = functools.partial(_begin, stage, config, fresh)
     directory = workdir / name
-    state, score = run_stage(stage, begin, weights, train, test, mesh, directory, stop)
-    params, batch_stats = jax.device_get((state.params, state.batch_stats))
+    state, score = run_stage(stage, begin, weights, train, test, mesh, directory, stop, profile)
+    params, batch_stats = _fetched((state.params, state.batch_stats), mesh)
     outcomes.append(Outcome(stage, params, batch_stats, score, directory, train.image_shape))
     if name == 'float':
       weights = params['model'], batch_stats, params['scales']
   return outcomes
+
+
+def _fetched(tree: PyTree, mesh: Mesh) -> PyTree:
+  """Arrays on the host, wherever on the devices of the run they lie."""
+  together = jax.jit(lambda x: x, out_shardings=replicated(mesh))
+  return jax.device_get(together(tree))
 
 
 def _as_given(
@@ -143,7 +152,8 @@ def make_stage(config: ExperimentConfig, name: str, train: Dataset) -> Stage:
   return Stage(
     name=name,
     network=network,
-    tx=optax.chain(slot, optimizer),
+    slot=slot,
+    optimizer=optimizer,
     lr=lr,
     step=make_step_config(config, settings, train.num_classes),
     seed=config.seed,
@@ -156,6 +166,11 @@ def make_stage(config: ExperimentConfig, name: str, train: Dataset) -> Stage:
     eval_every=max(1, round(config.eval_every_epochs * steps_per_epoch)),
     checkpoint_every=max(1, round(config.checkpoint_every_epochs * steps_per_epoch)),
     log_every=config.log_every_steps,
+    mesh=config.mesh,
+    per_device=name == 'saq' and config.saq.perturbation != 'batch',
+    group_size=config.saq.group_size,
+    watch=config.watch,
+    checkpoint=config.checkpoint,
   )
 
 
@@ -185,6 +200,9 @@ def make_step_config(
     label_smoothing=settings.label_smoothing,
     batch_stats_from_both=config.saq.batch_stats_from_both,
     second_pass_float32=config.saq.second_pass_float32,
+    accumulate=settings.accumulate,
+    shards=jax.device_count(),
+    gather_codes=config.mesh.gather == 'codes',
   )
 
 

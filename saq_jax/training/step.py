@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,7 +10,18 @@ from jax import Array
 
 from saq_jax._paths import PyTree
 from saq_jax.data import augment, mix
+from saq_jax.training.gather import gather_weights
+from saq_jax.training.loss import cross_entropy, hits
 from saq_jax.training.network import Network
+from saq_jax.training.passes import (
+  Groups,
+  PassConfig,
+  batch_gradient,
+  grouped_passes,
+  over_layout,
+  two_passes,
+)
+from saq_jax.training.sharding import Layout
 from saq_jax.training.state import TrainState, variables
 
 Batch = dict[str, Array]
@@ -37,6 +47,9 @@ class StepConfig:
     label_smoothing: 0 to below 1.
     batch_stats_from_both: running statistics move in the second pass too.
     second_pass_float32: the second pass computes in float32, whatever the model does.
+    accumulate: parts that each gradient is added up from.
+    shards: devices that the batch is spread over.
+    gather_codes: where weights are cut over devices, send integer codes for the first pass.
   """
 
   mean: tuple[float, ...]
@@ -50,6 +63,20 @@ class StepConfig:
   label_smoothing: float = 0.0
   batch_stats_from_both: bool = False
   second_pass_float32: bool = True
+  accumulate: int = 1
+  shards: int = 1
+  gather_codes: bool = False
+
+  @property
+  def passes(self) -> PassConfig:
+    """What of it concerns the gradients."""
+    return PassConfig(
+      self.label_smoothing,
+      self.batch_stats_from_both,
+      self.second_pass_float32,
+      self.accumulate,
+      self.shards,
+    )
 
 
 def train_step(
@@ -60,6 +87,8 @@ def train_step(
   tx: optax.GradientTransformationExtraArgs,
   lr: optax.Schedule,
   config: StepConfig,
+  groups: Groups | None = None,
+  layout: Layout | None = None,
 ) -> tuple[TrainState, Metrics]:
   """One step from a batch as it comes from the host; see `train_on`.
 
@@ -70,12 +99,24 @@ def train_step(
     tx: the chain.
     lr: the schedule.
     config: augmentation, loss and batch statistics.
+    groups: as in `train_on`.
+    layout: as in `train_on`.
 
   Returns:
     As `train_on`.
   """
   images, labels = augmented(batch, config, step_key(state))
-  state, metrics = train_on(state, images, labels, network=network, tx=tx, lr=lr, config=config)
+  state, metrics = train_on(
+    state,
+    images,
+    labels,
+    network=network,
+    tx=tx,
+    lr=lr,
+    config=config,
+    groups=groups,
+    layout=layout,
+  )
   if 'damaged' in batch:
     metrics['damaged'] = jnp.sum(batch['damaged'])
   return state, metrics
@@ -102,6 +143,8 @@ def train_on(
   tx: optax.GradientTransformationExtraArgs,
   lr: optax.Schedule,
   config: StepConfig,
+  groups: Groups | None = None,
+  layout: Layout | None = None,
 ) -> tuple[TrainState, Metrics]:
   """The clean gradient at z = quantize(params), the second one inside `tx`, and the update.
 
@@ -116,53 +159,63 @@ def train_on(
     tx: `optax.chain(saq(...) or qat(...), ...)`.
     lr: the schedule, for the metrics.
     config: loss, batch statistics and the second pass.
+    groups: takes a perturbation for each group of examples instead of one; its slot and optimizer
+      are then those of `tx`.
+    layout: of the parameters, where they are cut over devices.
 
   Returns:
     The next state, and the metrics of this step as scalars: loss, accuracy, lr, grad_norm,
     sharp_grad_norm and cosine (see `SAQState`), and for `saq` rho and loss_perturbed.
   """
-
-  rngs = {'dropout': jax.random.fold_in(step_key(state), _DROPOUT)}
-
-  def loss_fn(
-    z: PyTree, batch_stats: PyTree, model: nn.Module
-  ) -> tuple[Array, tuple[PyTree, Array]]:
-    logits, moved = model.apply(
-      variables(z, batch_stats), images, train=True, mutable=['batch_stats'], rngs=rngs
+  key = jax.random.fold_in(step_key(state), _DROPOUT)
+  slot_state, *rest = state.opt_state
+  if groups is None:
+    grad_fn = batch_gradient(images, labels, key, config.passes)
+    if layout is None:
+      z = network.quantize(state.params)
+    else:
+      z = gather_weights(network.quantize, state.params, layout, codes=config.gather_codes)
+      grad_fn = over_layout(grad_fn, layout)
+    updates, opt_state, found = two_passes(
+      tx.update,
+      state.opt_state,
+      state.params,
+      z,
+      state.batch_stats,
+      grad_fn,
+      network,
+      config.passes,
     )
-    loss = cross_entropy(logits, labels, config.label_smoothing).mean()
-    return loss, (moved.get('batch_stats', {}), hits(logits, labels).mean())
-
-  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-  z = network.quantize(state.params)
-  (loss, (stats, accuracy)), g = grad_fn(z, state.batch_stats, network.model)
-
-  # In bfloat16 most of a perturbation is below the spacing of the weights, and is rounded away.
-  again = network.model.clone(dtype=None) if config.second_pass_float32 else network.model
-
-  def second_grad(z: PyTree) -> tuple[PyTree, tuple[Array, PyTree]]:
-    (loss, (stats_after_both, _)), g2 = grad_fn(z, stats, again)
-    return g2, (loss, stats_after_both)
-
-  updates, opt_state = tx.update(g, state.opt_state, state.params, grad_fn=second_grad)
-  slot, *rest = opt_state
+    slot_state = opt_state[0]
+  else:
+    sharp, slot_state, found = grouped_passes(
+      groups,
+      slot_state,
+      state.params,
+      state.batch_stats,
+      images,
+      labels,
+      key,
+      network,
+      config.passes,
+    )
+    updates, after = groups.optimizer.update(sharp, rest[0], state.params)
+    opt_state = (slot_state, after)
   metrics = {
-    'loss': loss,
-    'accuracy': accuracy,
+    'loss': found.loss,
+    'accuracy': found.accuracy,
     'lr': lr(state.step),
-    'grad_norm': slot.grad_norm,
-    'sharp_grad_norm': slot.sharp_grad_norm,
-    'cosine': slot.cosine,
+    'grad_norm': slot_state.grad_norm,
+    'sharp_grad_norm': slot_state.sharp_grad_norm,
+    'cosine': slot_state.cosine,
   }
-  if slot.aux is not None:
-    loss_perturbed, stats_after_both = slot.aux
-    metrics |= {'rho': slot.rho, 'loss_perturbed': loss_perturbed}
-    stats = stats_after_both if config.batch_stats_from_both else stats
+  if found.loss_perturbed is not None:
+    metrics |= {'rho': slot_state.rho, 'loss_perturbed': found.loss_perturbed}
   return state.replace(  # type: ignore[attr-defined]
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
-    batch_stats=stats,
-    opt_state=(slot._replace(aux=None), *rest),
+    batch_stats=found.batch_stats,
+    opt_state=opt_state,
   ), metrics
 
 
@@ -233,38 +286,6 @@ def prepare_images(images: Array, config: StepConfig, key: Array | None = None) 
   if key is None or not config.erasing:
     return normalized
   return mix.erase(jax.random.fold_in(key, _ERASING), normalized, config.erasing)
-
-
-def cross_entropy(logits: Array, labels: Array, smoothing: float) -> Array:
-  """Softmax cross-entropy of each example, in float32 or better.
-
-  Args:
-    logits: [B, classes].
-    labels: int32 [B], or targets that sum to 1, [B, classes].
-    smoothing: alpha: the target is `(1 - alpha) onehot + alpha/classes`.
-
-  Returns:
-    [B].
-  """
-  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  targets = labels if labels.ndim == 2 else jax.nn.one_hot(labels, logits.shape[-1])
-  return optax.safe_softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing))
-
-
-def hits(logits: Array, labels: Array) -> Array:
-  """How far the largest logit of each example is right.
-
-  Args:
-    logits: [B, classes].
-    labels: int32 [B], or targets that sum to 1, [B, classes].
-
-  Returns:
-    [B]: 1 where it is that of the label and 0 elsewhere; of mixed targets its share in the target.
-  """
-  best = jnp.argmax(logits, -1)
-  if labels.ndim == 1:
-    return best == labels
-  return jnp.take_along_axis(labels, best[:, None], -1)[:, 0]
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]

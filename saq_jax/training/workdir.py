@@ -52,6 +52,8 @@ def claim(
     ...   sorted(path.name for path in folder.iterdir())
     ['.lock', 'config.json']
   """
+  if '://' in str(directory):
+    raise WorkdirError(f'{directory} is no directory: name a --workdir on a file system.')
   folder = Path(directory)
   made = not folder.exists()
   _examine(folder, settings)

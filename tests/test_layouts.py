@@ -1,0 +1,137 @@
+"""A step under any layout of devices is that of one device; what crosses the wire is counted."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from layouts import (
+  PRERESNET,
+  VIT_TI,
+  count,
+  first_weights,
+  mesh_of,
+  network_of,
+  one_device,
+  sent,
+  sent_bytes,
+  stepped,
+)
+
+from saq_jax import LIQ, LSQ, PACT, DoReFa, QuantRule, weight_quantizer
+from saq_jax._paths import named_leaves
+from saq_jax.training.gather import gather_weights
+from saq_jax.training.sharding import Layout
+
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')
+
+
+@functools.cache
+def alone(which, case):
+  return stepped(which, case, one_device())
+
+
+def assert_same_step(ours, theirs):
+  for name, x in theirs[1].items():
+    np.testing.assert_allclose(ours[1][name], x, rtol=1e-6, atol=1e-9, err_msg=name)
+  mine = named_leaves(ours[0])
+  for path, x in named_leaves(theirs[0]).items():
+    np.testing.assert_allclose(mine[path], x, rtol=1e-6, atol=1e-9, err_msg=path)
+
+
+@pytest.mark.parametrize('case', [0, 1, 2, 3], ids=['qat', 'case 1', 'case 2', 'case 3'])
+def test_cut_over_data_and_fsdp_a_step_is_that_of_one_device(case):
+  found = stepped(PRERESNET, case, mesh_of(2))
+  assert_same_step(found, alone(PRERESNET, case))
+  assert count(found[2], 'all-gather') > 0
+
+
+@pytest.mark.parametrize('fsdp', [1, 8], ids=['data', 'fsdp'])
+def test_so_it_is_over_either_alone(fsdp):
+  found = stepped(PRERESNET, 3, mesh_of(fsdp))
+  assert_same_step(found, alone(PRERESNET, 3))
+  assert (count(found[2], 'all-gather') > 0) == (fsdp > 1)
+
+
+@functools.cache
+def vit(codes):
+  return stepped(VIT_TI, 3, mesh_of(4), gather_codes=codes)
+
+
+@pytest.mark.parametrize('codes', [False, True], ids=['floats', 'codes'])
+def test_a_transformer_too(codes):
+  assert_same_step(vit(codes), alone(VIT_TI, 3))
+
+
+def test_weights_of_the_first_pass_cross_the_wire_as_codes():
+  kernels = network_of(VIT_TI).quantize.assign(first_weights(VIT_TI)[0]['model'])
+  sizes = {p: x.size for p, x in named_leaves(first_weights(VIT_TI)[0]['model']).items()}
+  floats, codes = (sent(vit(c)[2], 'all-gather') for c in (False, True))
+  small = [pair for pair in codes if pair[0] in ('s8', 'u8')]
+  assert not [pair for pair in floats if pair[0] in ('s8', 'u8')]
+  # Two codes of 4 bits a byte; 8 bits in the first and the last layer, where they are cut at all.
+  wanted = {path: sizes[path] // (1 if q.bits == 8 else 2) for path, q in kernels.items()}
+  assert sum(n for _, n in small) >= sum(n for p, n in wanted.items() if kernels[p].bits == 4)
+  assert sum(n for _, n in small) <= sum(wanted.values())
+  # Half a byte a weight in place of eight, as this is float64.
+  inner = sum(sizes[p] for p, q in kernels.items() if q.bits == 4)
+  assert sent_bytes(floats) - sent_bytes(codes) >= inner * 7.5 * 0.99
+
+
+# Codes in general.
+
+
+@pytest.mark.parametrize('bits', [2, 3, 4, 5, 8])
+@pytest.mark.parametrize(
+  'make',
+  [LSQ, functools.partial(LSQ, axis=-1), functools.partial(LIQ, normalize=True), PACT, DoReFa],
+  ids=['lsq', 'lsq-axis', 'liq', 'pact', 'dorefa'],
+)
+@pytest.mark.parametrize('shape', [(3, 3, 8, 16), (16, 5), (8, 3)])
+def test_gathered_weights_are_the_quantized_ones(make, bits, shape):
+  quantize = weight_quantizer([QuantRule('kernel', make(bits=bits))])
+  rng = np.random.default_rng(bits)
+  params = quantize.init({'kernel': rng.normal(size=shape).astype(np.float32), 'bias': np.ones(3)})
+  layout = Layout(mesh_of(8), min_shard=1)
+  placed = jax.device_put(params, layout.shardings(params))
+  gather = jax.jit(functools.partial(gather_weights, quantize, layout=layout, codes=True))
+  compiled = gather.lower(placed).compile()
+  found, wanted = compiled(placed), jax.jit(quantize)(params)
+  kernel = found['model']['kernel']
+  assert kernel.sharding.is_fully_replicated
+  if 'liq' in str(make).lower():
+    # The mean and deviation of the pieces are added in another order: a code may flip.
+    assert np.mean(np.abs(kernel - wanted['model']['kernel']) > 1e-6) < 0.01
+  else:
+    np.testing.assert_array_equal(kernel, wanted['model']['kernel'])
+  np.testing.assert_array_equal(found['model']['bias'], params['model']['bias'])
+  # A byte a weight, or half of one.
+  pairs = (
+    bits <= 4
+    and shape != (16, 5)
+    and any(n % 2 == 0 for i, n in enumerate(shape) if i != layout.axis(params['model']['kernel']))
+  )
+  gathered = [n for d, n in sent(compiled.as_text(), 'all-gather') if d in ('s8', 'u8')]
+  assert gathered == [np.prod(shape) // (2 if pairs else 1)]
+
+
+# What crosses the wire.
+
+
+def test_perturbing_by_device_sends_no_more_than_plain_training():
+  plain, global_, own = (
+    stepped(PRERESNET, 0, mesh_of(1))[2],
+    stepped(PRERESNET, 3, mesh_of(1))[2],
+    stepped(PRERESNET, 3, mesh_of(1), per_device=True)[2],
+  )
+  reduced = {
+    name: sent_bytes(sent(text, 'all-reduce'))
+    for name, text in (('plain', plain), ('global', global_), ('own', own))
+  }
+  weights = sum(8 * x.size for x in jax.tree.leaves(first_weights(PRERESNET)[0]))
+  assert count(own, 'all-reduce') <= count(plain, 'all-reduce') < count(global_, 'all-reduce')
+  # One mean of all gradients and running statistics, against two of them.
+  assert weights <= reduced['own'] < 1.1 * weights
+  assert reduced['global'] > 2 * weights
+  for kind in ('all-gather', 'all-to-all', 'collective-permute', 'reduce-scatter'):
+    assert count(own, kind) == 0
