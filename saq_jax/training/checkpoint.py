@@ -281,7 +281,7 @@ class Checkpoints:
     if step not in self._scores:
       try:
         self._scores[step] = checkpoint_format.read_notes(self._directory / str(step)).score
-      except (ValueError, OSError):
+      except ValueError:
         self._scores[step] = None
     return self._scores[step]
 

@@ -17,7 +17,11 @@ VERSION_KEY = 'saq_jax'
 LOCK = '.lock'
 PIN = 'init_from.json'
 # What changes nothing of the result, so that a stopped run may go on with another choice.
-_FREE = ('data.workers', 'data.timeout')
+_FREE = (
+  *('data.workers', 'data.timeout', 'checkpoint.keep', 'checkpoint.keep_best'),
+  *('watch.stall_seconds', 'watch.stall_abort_seconds'),
+  *('watch.spike_factor', 'watch.spike_steps', 'watch.retries'),
+)
 _PARTS = (LOCK, f'.{MARK}.', f'.{PIN}.')
 
 
