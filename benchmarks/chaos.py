@@ -29,9 +29,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 KINDS = (
   'kill',
@@ -91,14 +93,22 @@ class Disk:
 class Run:
   """One experiment, started again and again in one work directory."""
 
-  def __init__(self, workdir: Path, log: Path, flags: list[str]) -> None:
-    self.workdir, self.log = workdir, log
+  def __init__(self, workdir: Path, flags: list[str]) -> None:
+    self.workdir = workdir
+    self.printed: list[str] = []
     self._command = [sys.executable, '-m', 'saq_jax.main', f'--workdir={workdir}', *flags]
 
   def start(self) -> subprocess.Popen[bytes]:
-    """Starts the command; what it prints goes to the log."""
-    with self.log.open('ab') as log:
-      return subprocess.Popen(self._command, stdout=log, stderr=subprocess.STDOUT)
+    """Starts the command; a thread takes what it prints."""
+    output = subprocess.PIPE
+    process = subprocess.Popen(self._command, stdout=output, stderr=subprocess.STDOUT)
+    threading.Thread(target=self._take, args=(process.stdout,), daemon=True).start()
+    return process
+
+  def _take(self, output: IO[bytes]) -> None:
+    """Keeps the lines of one start."""
+    for line in output:
+      self.printed.append(line.decode(errors='replace'))
 
   def place(self) -> tuple[str, int]:
     """The stage under way and its last step that has a line."""
@@ -115,8 +125,7 @@ class Run:
 
   def complaints(self) -> int:
     """How often it said so far that the disk is full."""
-    text = self.log.read_text(errors='replace') if self.log.exists() else ''
-    return text.count('No space left') + text.count('File too large')
+    return sum('No space left' in line or 'File too large' in line for line in self.printed[:])
 
 
 def steps_of(flags: list[str]) -> dict[str, int]:
@@ -228,11 +237,11 @@ def chaos(kills: int, seed: int, short: bool, scratch: Path) -> tuple[list[str],
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(scratch / 'cache'))
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
-  whole = Run(scratch / 'whole', scratch / 'whole.log', flags)
+  whole = Run(scratch / 'whole', flags)
   beside = whole.start()
   draw = random.Random(seed)
   disk = Disk(scratch / 'disk')
-  run = Run(disk.folder / 'run', scratch / 'run.log', flags)
+  run = Run(disk.folder / 'run', flags)
   steps = steps_of(flags)
   offsets = {stage: sum(list(steps.values())[:i]) for i, stage in enumerate(steps)}
   # Room for what a kill waits for after its step.
@@ -243,7 +252,11 @@ def chaos(kills: int, seed: int, short: bool, scratch: Path) -> tuple[list[str],
       stage, step = run.place()
       return bool(stage) and offsets[stage] + step >= moment
 
-    print(f'| {i + 1} {strike(kinds[i % len(kinds)], run, disk, reached, draw)}', flush=True)
+    try:
+      row = strike(kinds[i % len(kinds)], run, disk, reached, draw)
+    except RuntimeError as error:
+      raise RuntimeError(f'{error}\n{"".join(run.printed[-20:])}') from error
+    print(f'| {i + 1} {row}', flush=True)
   for process in (run.start(), beside):
     if process.wait(4 * PATIENCE):
       raise RuntimeError(f'exit code {process.returncode} at the end')
@@ -270,7 +283,6 @@ def main() -> int:
       differ, own = chaos(kills, options.seed, options.short, Path(scratch))
     except RuntimeError as error:
       print(f'\nFailed: {error}')
-      print(''.join(path.read_text()[-2000:] for path in Path(scratch).glob('*.log')))
       return 1
     finally:
       if NAMESPACE in os.environ:

@@ -1,6 +1,7 @@
 """What a stage writes: metrics with their epoch, and the speed beside them, on a full disk too."""
 
 import errno
+import io
 import os
 import types
 
@@ -11,6 +12,7 @@ from saq_jax.training.append import AppendedFile
 from saq_jax.training.evaluate import Score
 from saq_jax.training.log import TIMING, StageLog
 from saq_jax.training.metrics import FILE_NAME, read_metrics
+from saq_jax.training.progress import Progress
 
 
 def test_the_share_of_time_without_data_is_of_the_time_since_the_last_line(tmp_path, monkeypatch):
@@ -137,6 +139,22 @@ def test_on_a_full_disk_lines_are_kept_told_of_once_and_written_later(
     disk.room = 100_000
     writer.sync()
   assert [line['step'] for line in read_metrics(tmp_path)] == list(range(1, 30))
+
+
+class FullStream(io.StringIO):
+  def __init__(self, error):
+    super().__init__()
+    self.error = error
+
+  def flush(self):
+    raise self.error
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_run_but_a_closed_pipe_does():
+  with Progress('saq', 2, live=False, stream=FullStream(OSError(errno.ENOSPC, 'full'))) as progress:
+    progress.update(2, loss=0.5)
+  with pytest.raises(BrokenPipeError):
+    Progress('saq', 2, live=False, stream=FullStream(BrokenPipeError())).__enter__()
 
 
 def fail_after(writer):

@@ -1,5 +1,6 @@
 """A trace of some steps by JAX's profiler."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -111,13 +112,18 @@ class Profile:
     except Exception as error:
       self._give_up(folder, error)
     else:
-      print(
-        f'  profile of steps {first} to {self._step} in {folder}: tensorboard --logdir {folder}, '
-        'or its trace.json.gz in https://ui.perfetto.dev',
-        flush=True,
+      _say(
+        f'profile of steps {first} to {self._step} in {folder}: tensorboard --logdir {folder}, or '
+        'its trace.json.gz in https://ui.perfetto.dev'
       )
 
   def _give_up(self, folder: Path, error: Exception) -> None:
     """Does without a trace, which is no reason to end a run."""
     self._done = True
-    print(f'  no profile in {folder}: {disk_reason(error) or error}', flush=True)
+    _say(f'no profile in {folder}: {disk_reason(error) or error}')
+
+
+def _say(words: str) -> None:
+  """Prints a line, if the output has room for it."""
+  with contextlib.suppress(OSError):
+    print(f'  {words}', flush=True)

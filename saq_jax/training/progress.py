@@ -101,8 +101,13 @@ class Progress:
     return bar
 
   def _print(self) -> None:
-    """Prints the plain line."""
-    print(self._description, self._words(), file=self._stream, flush=True)
+    """Prints the plain line; a log on a full disk, which takes it later, is no reason to end."""
+    try:
+      print(self._description, self._words(), file=self._stream, flush=True)
+    except BrokenPipeError:
+      raise
+    except OSError:
+      pass
     self._printed_step, self._printed_at = self._step, self._now
 
   def _words(self) -> str:
