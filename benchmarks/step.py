@@ -1,9 +1,10 @@
-"""Times whole training steps of PreResNet-20 side by side: full precision, QAT and SAQ.
+"""Times whole training steps side by side: full precision, QAT, SAQ and what makes SAQ cheaper.
 
-    python benchmarks/step.py [--batch 128] [--rounds 7] [--json FILE]
+    python benchmarks/step.py [--network preresnet20] [--kinds float qat saq] [--json FILE]
 
-One step of each kind in turn, so that a drift of the machine's speed meets all alike. Printed are
-images/s (median, least, most) and the ratio to full precision and to QAT, round by round.
+A turn is `--steps` steps of each kind, one kind after the other, so that a drift of the machine's
+speed meets all alike. Printed are images/s (median, least, most) and the time of a step as a ratio
+to the kinds that are called 'float' and 'qat', turn by turn.
 """
 
 import argparse
@@ -25,42 +26,80 @@ from saq_jax.training.config import ModelConfig, QuantConfig, SAQConfig, StageCo
 from saq_jax.training.network import FLOATING, build_network
 from saq_jax.training.state import TrainState, new_state
 from saq_jax.training.step import StepConfig, train_step
+from saq_jax.training.strategy_config import StrategyConfig
 
-KINDS = ('float', 'qat', 'saq')
+NETWORKS = {
+  'preresnet20': (ModelConfig(depth=20, width=16), QuantConfig(), 32, 128),
+  'vit_ti': (
+    ModelConfig(name='vit', size='Ti'),
+    QuantConfig(weights='lsq', acts='lsq', first_act_bits=8),
+    224,
+    16,
+  ),
+}
+STRATEGIES = {
+  'saq': StrategyConfig(),
+  'interval_5': StrategyConfig(name='interval', period=5),
+  'interval_10': StrategyConfig(name='interval', period=10),
+  'looksam_5': StrategyConfig(name='looksam', period=5),
+  'looksam_10': StrategyConfig(name='looksam', period=10, alpha=0.7),
+  'random_half': StrategyConfig(name='random'),
+  'swp': StrategyConfig(tensors=0.6),
+  'sds': StrategyConfig(second_examples=0.5),
+  'norms': StrategyConfig(perturb_only=(r'model/.*(bn|norm)\d*/(scale|bias)',)),
+  'ascent_8th': StrategyConfig(first_examples=0.125),
+  'ascent_16th': StrategyConfig(first_examples=0.0625),
+  'momentum': StrategyConfig(name='momentum'),
+}
+KINDS = ('float', 'qat', *STRATEGIES)
 
 
-def make(kind: str) -> tuple[Callable[..., Any], TrainState]:
+def make(kind: str, which: str) -> tuple[Callable[..., Any], TrainState]:
   """A compiled step and its first state."""
-  network = build_network(
-    ModelConfig(depth=20, width=16), FLOATING if kind == 'float' else QuantConfig(), 100
+  model, quant, size, _ = NETWORKS[which]
+  network = build_network(model, FLOATING if kind == 'float' else quant, 100)
+  optimizer, lr = build_optimizer(StageConfig(lr=1e-3, scale_lr=1e-4), 1.0)
+  strategy = STRATEGIES.get(kind, StrategyConfig())
+  saq = SAQConfig() if kind in STRATEGIES else None
+  tx = optax.chain(build_slot(network, saq, 1.0, strategy, total_steps=100), optimizer)
+  config = StepConfig(
+    mean=(0.5,) * 3,
+    std=(0.25,) * 3,
+    pad_crop=4,
+    flip=True,
+    first_examples=0.0 if strategy.name == 'momentum' else strategy.first_examples,
+    second_examples=strategy.second_examples,
   )
-  optimizer, lr = build_optimizer(StageConfig(), 1.0)
-  tx = optax.chain(build_slot(network, SAQConfig() if kind == 'saq' else None, 1.0), optimizer)
-  config = StepConfig(mean=(0.5,) * 3, std=(0.25,) * 3, pad_crop=4, flip=True)
   step = jax.jit(
     functools.partial(train_step, network=network, tx=tx, lr=lr, config=config), donate_argnums=0
   )
-  images = np.random.default_rng(0).normal(size=(1, 32, 32, 3)).astype(np.float32)
+  images = np.random.default_rng(0).normal(size=(1, size, size, 3)).astype(np.float32)
   return step, jax.jit(lambda x: new_state(network, tx, 0, x))(images)
 
 
-def measure(batch_size: int, rounds: int) -> dict[str, list[float]]:
-  """Seconds a step of each kind, in interleaved rounds after one that is not counted."""
+def measure(
+  which: str, kinds: list[str], batch_size: int, rounds: int, count: int
+) -> dict[str, list[float]]:
+  """Seconds a step of each kind, in interleaved turns after one that is not counted."""
   draw = np.random.default_rng(0)
+  size = NETWORKS[which][2]
   batch = {
-    'image': jax.numpy.asarray(draw.integers(0, 256, (batch_size, 32, 32, 3), dtype=np.uint8)),
+    'image': jax.numpy.asarray(draw.integers(0, 256, (batch_size, size, size, 3), dtype=np.uint8)),
     'label': jax.numpy.asarray(draw.integers(0, 100, batch_size, dtype=np.int32)),
   }
-  steps = {kind: make(kind) for kind in KINDS}
-  seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+  steps = {kind: make(kind, which) for kind in kinds}
+  seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
   for i in range(rounds + 1):
     for kind, (step, state) in steps.items():
       began = time.perf_counter()
-      state, metrics = step(state, batch)
-      jax.block_until_ready((state, metrics))
+      # A first turn compiles, and has the period of no strategy out of step.
+      for _ in range(count):
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
       if i:
-        seconds[kind].append(time.perf_counter() - began)
+        seconds[kind].append((time.perf_counter() - began) / count)
       steps[kind] = step, state
+    print(f'turn {i} of {rounds}', flush=True)
   return seconds
 
 
@@ -70,21 +109,27 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--batch', type=int, default=128)
+  parser.add_argument('--network', choices=NETWORKS, default='preresnet20')
+  parser.add_argument('--kinds', nargs='+', choices=KINDS, default=['float', 'qat', 'saq'])
+  parser.add_argument('--batch', type=int)
   parser.add_argument('--rounds', type=int, default=7)
+  parser.add_argument('--steps', type=int, default=1, help='a turn; a multiple of each period')
   parser.add_argument('--json', type=Path)
   args = parser.parse_args()
-  seconds = measure(args.batch, args.rounds)
+  batch = args.batch or NETWORKS[args.network][3]
+  seconds = measure(args.network, args.kinds, batch, args.rounds, args.steps)
   device = f'{jax.devices()[0].device_kind}, jax {jax.__version__}, {platform.machine()}'
-  print(f'PreResNet-20, batch {args.batch}, W4A4, {args.rounds} rounds; {device}')
-  print('| step | images/s | time / full precision | time / QAT |')
-  print('|---|---|---|---|')
+  print(f'{args.network}, batch {batch}, W4A4, {args.rounds} turns of {args.steps}; {device}')
+  base = [kind for kind in ('float', 'qat') if kind in args.kinds]
+  print('| step | images/s |' + ''.join(f' time / {kind} |' for kind in base))
+  print('|---|---|' + '---|' * len(base))
   for kind, times in seconds.items():
-    rate = spread([args.batch / t for t in times])
-    to = [spread([a / b for a, b in zip(times, seconds[k], strict=True)]) for k in KINDS[:2]]
-    print(f'| {kind} | {rate} | {to[0]} | {to[1]} |')
+    rate = spread([batch / t for t in times])
+    to = [spread([a / b for a, b in zip(times, seconds[k], strict=True)]) for k in base]
+    print(f'| {kind} | {rate} |' + ''.join(f' {ratio} |' for ratio in to))
   if args.json:
-    args.json.write_text(json.dumps({'device': device, 'batch': args.batch, 'seconds': seconds}))
+    found = {'device': device, 'network': args.network, 'batch': batch, 'steps': args.steps}
+    args.json.write_text(json.dumps(found | {'seconds': seconds}))
 
 
 if __name__ == '__main__':

@@ -47,7 +47,17 @@ weights; `saq` makes the sharpness-aware gradient of it, and an optimizer follow
 """
 
 from saq_jax._version import __version__
+from saq_jax.perturbation import only
 from saq_jax.quantizers import LIQ, LSQ, PACT, DoReFa, Quantizer
+from saq_jax.strategies import (
+  along_momentum,
+  at_random,
+  every,
+  hardest,
+  looksam,
+  sometimes,
+  where_steep,
+)
 from saq_jax.transform import SAQState, qat, saq
 from saq_jax.weights import QuantRule, WeightQuantizer, weight_quantizer
 
@@ -61,7 +71,15 @@ __all__ = [
   'SAQState',
   'WeightQuantizer',
   '__version__',
+  'along_momentum',
+  'at_random',
+  'every',
+  'hardest',
+  'looksam',
+  'only',
   'qat',
   'saq',
+  'sometimes',
   'weight_quantizer',
+  'where_steep',
 ]

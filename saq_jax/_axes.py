@@ -1,5 +1,7 @@
 """Gradients over a mapped axis: each device's own, or the mean, never a sum behind our back."""
 
+from typing import Any
+
 import jax
 from jax import Array
 
@@ -25,6 +27,24 @@ def shared(tree: PyTree, axis_name: AxisName | None) -> PyTree:
 def own(tree: PyTree, axis_name: AxisName) -> PyTree:
   """Marks what all devices of `jax.shard_map` share as each one's own, as `per_device` needs it."""
   return jax.tree.map(lambda x: _as_varying(x, axis_name), tree)
+
+
+def like(example: Array, tree: PyTree) -> PyTree:
+  """Types a tree as what varies where an array does."""
+  return own(tree, _varying(example))
+
+
+def alike(example: PyTree, axis_name: AxisName | None, found: Any) -> Any:
+  """Types (updates, state) as what varies where the example does, so that two branches agree.
+
+  Over `axis_name` all but `state.aux` is a mean, and the same on all devices.
+  """
+  updates, state = found
+  names = _varying(jax.tree.leaves(example)[0])
+  averaged = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
+  rest = tuple(name for name in names if name not in averaged)
+  common = own((updates, state._replace(aux=None)), rest)
+  return common[0], common[1]._replace(aux=own(state.aux, names))
 
 
 def per_device(
@@ -59,8 +79,12 @@ def _as_varying(x: Array, axis_name: AxisName) -> Array:
 
 def _common(x: Array, axis_name: AxisName) -> tuple[str, ...]:
   """Those of the axes along which `x` is typed as the same on all devices."""
+  names = (axis_name,) if isinstance(axis_name, str) else axis_name
+  return tuple(name for name in names if name not in _varying(x))
+
+
+def _varying(x: Array) -> tuple[str, ...]:
+  """The axes of `jax.shard_map` along which `x` is typed as one that may differ."""
   kind = jax.typeof(x)
   # JAX 0.10 renamed `vma`. Were a default put here, the next renaming would go unseen.
-  varying = kind.vma if hasattr(kind, 'vma') else kind.manual_axis_type.varying
-  names = (axis_name,) if isinstance(axis_name, str) else axis_name
-  return tuple(name for name in names if name not in varying)
+  return tuple(kind.vma if hasattr(kind, 'vma') else kind.manual_axis_type.varying)

@@ -34,6 +34,15 @@ def split_second(second: Any, has_aux: bool, params: PyTree) -> tuple[PyTree, An
   return g2, aux
 
 
+def require_grad_fn(grad_fn: Any) -> None:
+  """Raises ValueError where there is no function to take a second gradient with."""
+  if grad_fn is None:
+    raise ValueError(
+      'saq needs grad_fn: call tx.update(g, state, params, grad_fn=jax.grad(loss)). Wrappers '
+      'that drop extra arguments, as TrainState.apply_gradients does, cannot be used.'
+    )
+
+
 def require_same_structure(what: str, tree: PyTree, params: PyTree, mend: str) -> None:
   """Raises ValueError unless a tree has the structure of params."""
   here, wanted = (str(jax.tree.structure(t)) for t in (tree, params))
@@ -57,3 +66,15 @@ def require_at_least_zero(name: str, value: Any) -> None:
     return
   if not isinstance(value, numbers.Real) or not 0 <= float(value) < float('inf'):
     raise ValueError(f'saq({name}={value!r}): must be a finite number, at least 0.')
+
+
+def require_fraction(who: str, name: str, value: Any) -> None:
+  """Raises ValueError unless it is a number above 0 and at most 1."""
+  if not isinstance(value, numbers.Real) or not 0 < float(value) <= 1:
+    raise ValueError(f'{who}({name}={value!r}): must be a number above 0 and at most 1.')
+
+
+def require_count(who: str, name: str, value: Any) -> None:
+  """Raises ValueError unless it is a whole number, at least 1."""
+  if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+    raise ValueError(f'{who}({name}={value!r}): must be a whole number, at least 1.')

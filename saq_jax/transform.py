@@ -22,9 +22,9 @@ from jax import Array
 
 from saq_jax import _axes as axes
 from saq_jax import _checks as checks
-from saq_jax._paths import PyTree, is_quant_scale, leaf_names, map_named
+from saq_jax._paths import PyTree
+from saq_jax.perturbation import Mask, draw_tensors, mask_tree, perturb, ratio, wide
 
-Mask = Callable[[str], bool] | PyTree
 Quantize = Callable[[PyTree], PyTree]
 
 
@@ -40,8 +40,11 @@ class SAQState(NamedTuple):
     cosine: between the gradient returned and `pullback(g)`, the one that `qat` returns; 0 where
       either is zero. With sync_perturbation=False it, like grad_norm, is the mean of each
       device's own.
+    second: whether the step took a second gradient, 0 or 1, float32; where several groups of
+      examples decide for themselves (`saq_jax.strategies`), the part of them that did.
     aux: what `grad_fn` returned beside the second gradient if `has_aux`, else None. None before
       the first step.
+    memory: what a strategy carries from step to step; None for `saq` and `qat` alone.
   """
 
   step: Array
@@ -49,22 +52,9 @@ class SAQState(NamedTuple):
   grad_norm: Array
   sharp_grad_norm: Array
   cosine: Array
+  second: Array
   aux: Any = None
-
-
-def perturbed_by_default(path: str) -> bool:
-  """The default mask: every leaf but the learnable scales of quantizers.
-
-  By this package's convention those are under 'scales' (weights) or named 'quant_scale'
-  (activations). Weights, biases and the affine parameters of norms are perturbed.
-
-  Args:
-    path: of a leaf of params, its keys joined by '/'.
-
-  Returns:
-    Whether it is perturbed.
-  """
-  return not is_quant_scale(path)
+  memory: Any = None
 
 
 def saq(
@@ -75,6 +65,8 @@ def saq(
   mask: Mask | None = None,
   adaptive: bool = False,
   eta: float = 0.01,
+  tensors: float = 1.0,
+  seed: int = 0,
   accumulate_clean_grad: bool = False,
   axis_name: axes.AxisName | None = None,
   sync_perturbation: bool = True,
@@ -89,18 +81,22 @@ def saq(
 
   (see the module for cases 1 and 2). `|.|` is one L2 norm over all perturbed leaves, taken in
   float32 or better. A zero gradient gives eps = 0; a NaN stays a NaN. Every step costs exactly
-  one call of `grad_fn`, beside the clean gradient.
+  one call of `grad_fn`, beside the clean gradient; `saq_jax.strategies` has what costs less.
 
   Args:
     quantize: params -> params, same structure, differentiable; e.g. a `WeightQuantizer`.
     rho: the radius of the perturbation, at least 0, or an optax schedule of the step count.
     case: 1, 2 or 3. The paper proposes 3 as SAQ.
     mask: which leaves are perturbed and counted in the norm: a function of the leaf's path
-      ('model/stem/kernel') or a tree of bools like params. Default: `perturbed_by_default`.
+      ('model/stem/kernel'), such as `only(...)`, or a tree of bools like params. Default: all but
+      the learnable scales of quantizers.
     adaptive: ASAM (arXiv 2102.11600): `eps = rho T^2 g / |T g|` with `T = |w| + eta`, w being
       what is perturbed: the quantized weights in cases 1 and 3, the latent ones in case 2. Here
       T is taken for every perturbed leaf, biases and norms too.
     eta: at least 0; used if adaptive.
+    tensors: beta of ESAM's stochastic weight perturbation (arXiv 2110.03141): in each step a
+      leaf is perturbed with this probability, above 0 and at most 1, its eps divided by it.
+    seed: of that draw, with the step.
     accumulate_clean_grad: return pullback(g) + pullback(g2), as the authors' later code does.
     axis_name: a mapped axis (`jax.shard_map`) over which the batch is split, or a tuple of them.
       `updates` and what `grad_fn` returns are then each device's own, and the result is their
@@ -117,8 +113,9 @@ def saq(
     `grad_fn`:  `tx.update(g, state, params, grad_fn=jax.grad(loss))`, where `loss` takes z.
 
   Raises:
-    ValueError: at construction for a rho or eta below 0 or not finite, another case, or
-      sync_perturbation=False without axis_name; in update if params or grad_fn is missing, or
+    ValueError: at construction for a rho or eta below 0 or not finite, tensors outside (0, 1],
+      another case, or sync_perturbation=False without axis_name; in init for a mask that fits no
+      leaf; in update if params or grad_fn is missing, or
       the gradient has not the structure of params.
 
   Example:
@@ -141,10 +138,12 @@ def saq(
     quantize=quantize,
     case=case,
     adaptive=adaptive,
+    tensors=tensors,
     accumulate_clean_grad=accumulate_clean_grad,
     sync_perturbation=sync_perturbation,
     has_aux=has_aux,
   )
+  checks.require_fraction('saq', 'tensors', tensors)
   if case not in (1, 2, 3):
     raise ValueError(f'saq(case={case!r}): case must be 1, 2 or 3 (3 is SAQ).')
   if not callable(rho):
@@ -162,20 +161,18 @@ def saq(
     **extra: Any,
   ) -> tuple[PyTree, SAQState]:
     del extra
-    if grad_fn is None:
-      raise ValueError(
-        'saq needs grad_fn: call tx.update(g, state, params, grad_fn=jax.grad(loss)). Wrappers '
-        'that drop extra arguments, as TrainState.apply_gradients does, cannot be used.'
-      )
+    checks.require_grad_fn(grad_fn)
+    assert grad_fn is not None
     checks.check_trees(updates, params)
     own, params = axes.per_device(updates, params, axis_name)
     g = axes.shared(own, axis_name) if sync_perturbation else own
     radius = jnp.asarray(rho(state.step) if callable(rho) else rho, float)
     z, pullback = jax.vjp(quantize, params)
     (p,) = pullback(g)
-    point = params if case == 2 else z
+    point, direction = params if case == 2 else z, g if case == 3 else p
+    factors = None if tensors == 1 else draw_tensors(_key(seed, state), params, tensors)
     perturbed, norm = perturb(
-      point, g if case == 3 else p, radius, mask_tree(mask, params), eta if adaptive else None
+      point, direction, radius, mask_tree(mask, params), eta if adaptive else None, factors
     )
     if case == 2:
       perturbed, pullback = jax.vjp(quantize, perturbed)
@@ -183,9 +180,14 @@ def saq(
     (sharp,) = pullback(g2)
     if accumulate_clean_grad:
       sharp = jax.tree.map(jnp.add, sharp, p)
-    return _finish(state, sharp, p, radius, norm, aux, axis_name, sync_perturbation)
+    state = state._replace(second=jnp.ones((), float), aux=aux)
+    return _finish(state, sharp, p, radius, norm, axis_name, sync_perturbation)
 
-  return optax.GradientTransformationExtraArgs(_init, update_fn)
+  def init_fn(params: PyTree) -> SAQState:
+    mask_tree(mask, params)  # so that what it refuses is said at once
+    return _init(params)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def qat(
@@ -222,7 +224,8 @@ def qat(
     g, params = axes.per_device(updates, params, axis_name)
     (p,) = jax.vjp(quantize, params)[1](g)
     p = axes.mean(p, axis_name)
-    return _finish(state, p, p, jnp.zeros(()), optax.tree.norm(_wide(p)), None, None, True)
+    state = state._replace(second=jnp.zeros((), float), aux=None)
+    return _finish(state, p, p, jnp.zeros(()), optax.tree.norm(wide(p)), None, True)
 
   return optax.GradientTransformationExtraArgs(_init, update_fn)
 
@@ -231,37 +234,12 @@ def _init(params: PyTree) -> SAQState:
   """The state before the first step."""
   del params
   # One buffer a field: a buffer in two fields could not be donated.
-  return SAQState(jnp.zeros((), jnp.int32), *(jnp.zeros((), float) for _ in range(4)))
+  return SAQState(jnp.zeros((), jnp.int32), *(jnp.zeros((), float) for _ in range(5)))
 
 
-def perturb(
-  point: PyTree, direction: PyTree, radius: float | Array, mask: PyTree, eta: float | None = None
-) -> tuple[PyTree, Array]:
-  """Adds `eps = rho d/|d|` to the masked leaves of a point; 0 where d is 0.
-
-  Args:
-    point: a tree of floating arrays.
-    direction: d, a tree like it.
-    radius: rho.
-    mask: one bool a leaf: which are moved, and counted in the norm.
-    eta: of ASAM's scaling, `eps = rho T^2 d/|T d|` with `T = |point| + eta`; None for none.
-
-  Returns:
-    The moved point, and the norm that was divided by, in float32 or better.
-  """
-
-  def scaled(x: Array, d: Array) -> Array:
-    return d if eta is None else (jnp.abs(x) + eta) * d
-
-  point_wide, d = _wide(point), _wide(direction)
-  steps = jax.tree.map(lambda m, x, d: scaled(x, d) if m else None, mask, point_wide, d)
-  norm = optax.tree.norm(steps)
-  ratio = _ratio(radius, norm)
-
-  def add(m: bool, x: Array, wide: Array, d: Array) -> Array:
-    return (wide + ratio * scaled(wide, scaled(wide, d))).astype(x.dtype) if m else x
-
-  return jax.tree.map(add, mask, point, point_wide, d), norm
+def _key(seed: int, state: SAQState) -> Array:
+  """The key of a step's draws."""
+  return jax.random.fold_in(jax.random.key(seed), state.step)
 
 
 def _finish(
@@ -270,7 +248,6 @@ def _finish(
   clean: PyTree,
   radius: Array,
   norm: Array,
-  aux: Any,
   axis_name: axes.AxisName | None,
   same_clean: bool,
 ) -> tuple[PyTree, SAQState]:
@@ -278,57 +255,18 @@ def _finish(
 
   `same_clean`: `clean` is the same on all devices, so that the cosine is that of the means.
   """
-  wide, clean = _wide(sharp), _wide(clean)
-  cosine = _ratio(optax.tree.vdot(wide, clean), optax.tree.norm(clean))
+  own, clean = wide(sharp), wide(clean)
+  cosine = ratio(optax.tree.vdot(own, clean), optax.tree.norm(clean))
   if not same_clean:
-    cosine = _ratio(cosine, optax.tree.norm(wide))
+    cosine = ratio(cosine, optax.tree.norm(own))
   sharp, norm, cosine = axes.mean((sharp, norm, cosine), axis_name)
-  sharp_norm = optax.tree.norm(_wide(sharp))
+  sharp_norm = optax.tree.norm(wide(sharp))
   if same_clean:
-    cosine = _ratio(cosine, sharp_norm)
-  return sharp, SAQState(
+    cosine = ratio(cosine, sharp_norm)
+  return sharp, state._replace(
     step=optax.safe_increment(state.step),
     rho=radius.astype(float),
     grad_norm=norm.astype(float),
     sharp_grad_norm=sharp_norm.astype(float),
     cosine=cosine.astype(float),
-    aux=aux,
   )
-
-
-def _ratio(a: float | Array, b: Array) -> Array:
-  """`a / b`; 0 where b is zero."""
-  return jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))
-
-
-def _wide(tree: PyTree) -> PyTree:
-  """The tree in float32 or, where a leaf is wider, its own dtype."""
-  return jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)), tree)
-
-
-def mask_tree(mask: Mask | None, params: PyTree) -> PyTree:
-  """One bool a leaf of params.
-
-  Args:
-    mask: a function of the leaf's path, a tree of bools, or None for `perturbed_by_default`.
-    params: the tree.
-
-  Returns:
-    A tree of bools like params.
-
-  Raises:
-    ValueError: if a tree of bools has another structure, or no leaf is chosen.
-  """
-  if mask is None:
-    mask = perturbed_by_default
-  if callable(mask):
-    chosen = map_named(lambda path, _: bool(mask(path)), params)
-  else:
-    checks.require_same_structure('saq(mask=...)', mask, params, 'give one bool a leaf of params')
-    chosen = jax.tree.map(bool, mask)
-  if not any(jax.tree.leaves(chosen)):
-    raise ValueError(
-      'saq(mask=...) chooses no leaf, so nothing would be perturbed. The paths are '
-      f'{", ".join(leaf_names(params)[:4])}, ...'
-    )
-  return chosen

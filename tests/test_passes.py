@@ -58,6 +58,8 @@ def grouped(size, mesh, **how):
     out_shardings=replicated(mesh),
   )
   new, metrics = compiled(state, images, batch['label'])
+  # Else a second step would be compiled again, and no checkpoint of it could be read.
+  assert jax.tree.map(jnp.result_type, new) == jax.tree.map(jnp.result_type, state)
   return state, images, batch['label'], jax.device_get((new, metrics))
 
 
@@ -79,6 +81,29 @@ def test_a_perturbation_a_group_is_an_independent_loop_over_the_groups(size, dev
   np.testing.assert_allclose(metrics['grad_norm'], np.mean([n for _, n in found]), rtol=1e-4)
   flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(mean)])
   np.testing.assert_allclose(metrics['sharp_grad_norm'], np.linalg.norm(flat), rtol=1e-4)
+
+
+def test_groups_may_be_added_up_from_parts():
+  # Without norms over the batch, and with any number of devices, the parts do not show.
+  network, mesh = small_vit(), make_mesh()
+  slot, parts = parts_of(network)
+  images = np.random.default_rng(2).normal(size=(32, 8, 8, 3)).astype(np.float32)
+  labels = np.arange(32, dtype=np.int32) % CLASSES
+  state = new_state(network, parts['tx'], 0, images)
+  split = over_batch(mesh)
+
+  def after(accumulate):
+    config = StepConfig((0.4,), (0.3,), accumulate=accumulate, shards=8)
+    step = jax.jit(
+      functools.partial(train_on, config=config, groups=Groups(slot, SGD, mesh, 2), **parts),
+      in_shardings=(replicated(mesh), split, split),
+      out_shardings=replicated(mesh),
+    )
+    return jax.device_get(step(state, images, labels)[0].params)
+
+  whole, added = after(1), named_leaves(after(2))
+  for path, x in named_leaves(whole).items():
+    np.testing.assert_allclose(added[path], x, rtol=1e-4, atol=1e-5, err_msg=path)
 
 
 def test_groups_differ_from_one_perturbation():

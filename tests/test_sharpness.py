@@ -117,3 +117,38 @@ def test_zero_gradient_and_zero_radius_give_no_rise():
 def test_no_batch():
   with pytest.raises(ValueError, match='at least one batch'):
     sharpness(jax.value_and_grad(quadratic, has_aux=True), Z, [], RHO)
+
+
+# ASAM's sharpness.
+
+
+@pytest.mark.parametrize('eta', [0.0, 0.01, 1.0])
+def test_adaptive_step_has_its_closed_form(eta):
+  found = sharpness(jax.value_and_grad(quadratic, has_aux=True), Z, [ROWS], RHO, eta=eta)
+  g, t = A.T @ (A @ Z - ROWS.mean(0)), np.abs(Z) + eta
+  eps = RHO * t**2 * g / np.linalg.norm(t * g)
+  np.testing.assert_allclose(found.rise, g @ eps + 0.5 * np.sum((A @ eps) ** 2), rtol=1e-5)
+  np.testing.assert_allclose(found.grad_norm, np.linalg.norm(t * g), rtol=1e-5)
+
+
+def test_adaptive_sharpness_does_not_see_scales_that_cancel():
+  """c W1 and W2 / c with a ReLU between are one function."""
+
+  def loss_sum(z, batch):
+    hidden = jax.nn.relu(batch @ z['in'])
+    return jnp.sum(jax.nn.logsumexp(hidden @ z['out'], axis=-1)), len(batch)
+
+  z = {'in': RNG.normal(size=(5, 6)), 'out': RNG.normal(size=(6, 3))}
+  z = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), z)
+  scaled = {'in': 8 * z['in'], 'out': z['out'] / 8}
+  fn = jax.value_and_grad(loss_sum, has_aux=True)
+  plain, same = (sharpness(fn, here, [X], RHO, eta=0.0).rise for here in (z, scaled))
+  np.testing.assert_allclose(same, plain, rtol=1e-4)
+  plain, other = (sharpness(fn, here, [X], RHO).rise for here in (z, scaled))
+  assert other > 2 * plain
+
+
+@pytest.mark.parametrize('eta', [-0.1, np.inf, np.nan])
+def test_bad_eta(eta):
+  with pytest.raises(ValueError, match=r'sharpness\(eta='):
+    sharpness(jax.value_and_grad(quadratic, has_aux=True), Z, [ROWS], RHO, eta=eta)

@@ -88,7 +88,7 @@ def draw_batches(config: ExperimentConfig, title: str) -> Figure:
   train, test = load_splits(config)
   require_enough(config, train)
   names = list(config.data.classes) or _class_names(config)
-  step = make_step_config(config, config.quant_stage, train.num_classes)
+  step = make_step_config(config, config.quant_stage, train.num_classes, 'qat')
   splits = config.data.splits
   rows = [
     (f'{title}: training on {splits[0]}', _training(config, step, train), _ROWS),

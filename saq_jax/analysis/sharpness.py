@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from saq_jax._paths import PyTree
-from saq_jax.transform import mask_tree, perturb, perturbed_by_default
+from saq_jax.perturbation import mask_tree, perturb, perturbed_by_default
 
 ValueAndGrad = Callable[[PyTree, Any], tuple[tuple[Array, Array], PyTree]]
 
@@ -20,7 +20,7 @@ class Sharpness(NamedTuple):
     rise: `perturbed_loss - loss`, the figure that is called the sharpness.
     loss: the mean loss at z.
     perturbed_loss: the mean loss at z + eps.
-    grad_norm: |g|, over the perturbed leaves.
+    grad_norm: |g|, over the perturbed leaves; |T g| where eta is given.
   """
 
   rise: Array
@@ -36,15 +36,21 @@ def sharpness(
   rho: float | Array,
   *,
   mask: Callable[[str], bool] = perturbed_by_default,
+  eta: float | None = None,
 ) -> Sharpness:
   r"""The sharpness of the SAQ authors' code, over a whole split:
 
       g = grad L(z),   eps = rho g / |g|,   sharpness = L(z + eps) - L(z),   L the mean loss.
 
   A pure function: jit and vmap apply. The loss is taken by one and the same function at both
-  points, so that rounding is alike in both. The radius is not scaled by the weights: compare
-  networks of one architecture and one parametrisation. Where activations are quantized, the
-  gradient is the straight-through one and need not ascend: the rise may then be below 0.
+  points, so that rounding is alike in both. Without `eta` the radius is not scaled by the weights:
+  compare networks of one architecture and one parametrisation. With it the step is that of ASAM,
+
+      eps = rho T^2 g / |T g|,   T = |z| + eta,
+
+  which at eta = 0 is alike for networks that differ only in scales which cancel, as of two layers
+  with a ReLU between; a small eta keeps weights of zero movable. Where activations are quantized,
+  the gradient is the straight-through one and need not ascend: the rise may then be below 0.
 
   Args:
     value_and_grad_fn: (z, batch) -> ((sum of the losses of the batch's examples, their number),
@@ -54,12 +60,13 @@ def sharpness(
     batches: the whole split, once; batches may differ in size.
     rho: the radius, at least 0.
     mask: of a leaf's path, whether it is shifted and counted in |g|; that of `saq` by default.
+    eta: of ASAM, at least 0 (0.01 there); None for the plain step.
 
   Returns:
     Scalars; all but `rise` show what it is made of. A zero gradient gives a rise of 0.
 
   Raises:
-    ValueError: if there is no batch.
+    ValueError: if there is no batch, or eta is not a finite number that is at least 0.
 
   Example:
     >>> import jax.numpy as jnp
@@ -72,11 +79,14 @@ def sharpness(
 
   References:
     Sharpness-aware Quantization for Deep Neural Networks, arXiv 2111.12273, its first code.
+    ASAM: Adaptive Sharpness-Aware Minimization, arXiv 2102.11600.
   """
   if not batches:
     raise ValueError('sharpness needs at least one batch.')
+  if eta is not None and not 0 <= eta < float('inf'):
+    raise ValueError(f'sharpness(eta={eta!r}): must be a finite number, at least 0, or None.')
   loss, g = _mean(value_and_grad_fn, z, batches)
-  moved, norm = perturb(z, g, rho, mask_tree(mask, z))
+  moved, norm = perturb(z, g, rho, mask_tree(mask, z), eta)
   perturbed_loss, _ = _mean(value_and_grad_fn, moved, batches)
   return Sharpness(perturbed_loss - loss, loss, perturbed_loss, norm)
 

@@ -6,26 +6,64 @@ import jax.numpy as jnp
 import optax
 
 from saq_jax._paths import is_embedding, is_norm, is_quant_scale, map_named
+from saq_jax.perturbation import only
+from saq_jax.strategies import along_momentum, at_random, every, looksam, sometimes, where_steep
 from saq_jax.training.config import SAQConfig, StageConfig
 from saq_jax.training.network import Network
+from saq_jax.training.strategy_config import StrategyConfig
 from saq_jax.transform import qat, saq
 
 
 def build_slot(
-  network: Network, config: SAQConfig | None, steps_per_epoch: float
+  network: Network,
+  config: SAQConfig | None,
+  steps_per_epoch: float,
+  strategy: StrategyConfig = StrategyConfig(),  # noqa: B008
+  *,
+  total_steps: int = 1,
+  seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-  """The first link of the chain: `qat` where there is no config, else `saq`.
+  """The first link of the chain: `qat` where there is no config, else `saq` or a strategy of it.
 
   Args:
     network: whose quantizer it uses.
     config: of the perturbation.
     steps_per_epoch: to turn its warm-up into steps; rho is 0 before.
+    strategy: which steps take the second gradient, and which tensors are perturbed.
+    total_steps: of the stage, for what changes over it.
+    seed: of what is drawn at random.
 
   Returns:
     The transformation. `saq` leaves what the second pass returned in its state's `aux`.
   """
   if config is None:
     return qat(network.quantize)
+  sharp = _build_saq(network, config, steps_per_epoch, strategy, seed)
+  plain, rest = qat(network.quantize), max(1, total_steps - 1)
+  if strategy.name == 'full':
+    return sharp
+  if strategy.name == 'looksam':
+    return looksam(sharp, plain, strategy.period, strategy.alpha)
+  if strategy.name == 'momentum':
+    return along_momentum(sharp, strategy.decay)
+  if strategy.name == 'random':
+    first, last = strategy.first_probability, strategy.last_probability
+    return sometimes(sharp, plain, at_random(optax.linear_schedule(first, last, rest), seed))
+  if strategy.name == 'adaptive':
+    first, last = strategy.first_threshold, strategy.last_threshold
+    when = where_steep(total_steps, first=first, last=last, decay=strategy.decay)
+    return sometimes(sharp, plain, when)
+  return sometimes(sharp, plain, every(strategy.period))
+
+
+def _build_saq(
+  network: Network,
+  config: SAQConfig,
+  steps_per_epoch: float,
+  strategy: StrategyConfig,
+  seed: int,
+) -> optax.GradientTransformationExtraArgs:
+  """`saq` with the mask and the radius of the settings."""
   warmup = round(config.warmup_epochs * steps_per_epoch)
 
   def shifted(path: str) -> bool:
@@ -40,9 +78,11 @@ def build_slot(
     network.quantize,
     lambda step: jnp.where(step < warmup, 0.0, config.rho),
     case=config.case,
-    mask=shifted,
+    mask=only(*strategy.perturb_only, among=shifted) if strategy.perturb_only else shifted,
     adaptive=config.adaptive,
     eta=config.eta,
+    tensors=strategy.tensors,
+    seed=seed,
     accumulate_clean_grad=config.accumulate_clean_grad,
     has_aux=True,
   )

@@ -10,6 +10,7 @@ from typing import Literal
 from saq_jax.training.bounds import ABOVE_0, within
 from saq_jax.training.checkpoint_config import CheckpointConfig
 from saq_jax.training.data_config import AugmentConfig, DataConfig
+from saq_jax.training.strategy_config import StrategyConfig
 from saq_jax.training.watch_config import WatchConfig
 
 QuantizerName = Literal['lsq', 'liq', 'pact', 'dorefa']
@@ -141,7 +142,7 @@ class MeshConfig:
     min_shard: arrays of fewer elements are whole on every device.
     gather: what crosses the wire where weights come together for the first pass: 'floats', or
       'codes': the integers that they are quantized to (packed in pairs at 4 bits and less), from
-      which the same weights are made.
+      which the same weights are made. With `saq.perturbation` of 'device' or 'group' floats are.
   """
 
   fsdp: int = within(1, 1)
@@ -231,6 +232,7 @@ class ExperimentConfig:
   model: ModelConfig = ModelConfig()
   quant: QuantConfig = QuantConfig()
   saq: SAQConfig = SAQConfig()
+  strategy: StrategyConfig = dataclasses.field(default_factory=StrategyConfig)
   mesh: MeshConfig = MeshConfig()
   float_stage: StageConfig = StageConfig()
   quant_stage: StageConfig = StageConfig(epochs=30.0, lr=0.02, scale_lr=0.02)

@@ -140,7 +140,7 @@ def run_stage(
     OSError: if the disk is full or fails where the run cannot go on without it.
   """
   first = _first_images(stage, train)
-  layout = Layout(mesh, stage.mesh.min_shard)
+  example = _abstract(begin, Layout(mesh, stage.mesh.min_shard), first, weights)
   evaluate = make_evaluator(
     stage.network, stage.step, mesh, test, stage.eval_batch_size, stage.reading
   )
@@ -150,9 +150,9 @@ def run_stage(
   ) as checkpoints:
     went_back: StepsBack | None = None
     while True:
-      start, state, notes = _restored(checkpoints, _abstract(begin, layout, first, weights))
+      start, state, notes = _restored(checkpoints, example)
       if state is None:
-        state = _started(begin, layout, first, weights)
+        state = _started(begin, example, first, weights)
       losses = LossWatch(stage.watch, notes, went_back)
       leg = Leg(_replayed(stage, losses.steps_back), start, losses, directory, stop, profile)
       try:
@@ -261,7 +261,7 @@ def _compiled(stage: Stage, mesh: Mesh, state: TrainState) -> TrainStep:
     lr=stage.lr,
     config=stage.step,
     groups=groups,
-    layout=layout if layout.cuts else None,
+    layout=layout,
   )
   placed = layout.shardings(state)
   return jax.jit(
@@ -272,10 +272,10 @@ def _compiled(stage: Stage, mesh: Mesh, state: TrainState) -> TrainStep:
   )
 
 
-def _started(begin: Begin, layout: Layout, *inputs: PyTree) -> TrainState:
-  """The state at step 0, on its devices."""
-  shapes = jax.eval_shape(begin, *inputs)
-  return jax.jit(begin, out_shardings=layout.shardings(shapes))(*inputs)
+def _started(begin: Begin, example: TrainState, *inputs: PyTree) -> TrainState:
+  """The state at step 0, placed as the example is."""
+  places = jax.tree.map(lambda x: x.sharding, example)
+  return jax.jit(begin, out_shardings=places)(*inputs)
 
 
 def _abstract(begin: Begin, layout: Layout, *inputs: PyTree) -> TrainState:

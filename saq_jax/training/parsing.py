@@ -18,6 +18,7 @@ from saq_jax.training.bounds import ABOVE_0, ConfigError
 from saq_jax.training.config import ExperimentConfig, QuantConfig
 from saq_jax.training.data_config import check_data
 from saq_jax.training.families import check_model
+from saq_jax.training.strategy_config import check_strategy
 
 T = TypeVar('T')
 
@@ -195,7 +196,7 @@ def _require_within(field: dataclasses.Field[Any], value: Any, name: str) -> Non
   for number in value if isinstance(value, tuple) else (value,):
     if number is not None and not (low <= number <= high and math.isfinite(number)):
       least = 'above 0' if low == ABOVE_0 else f'at least {low}'
-      bounds = f'from {low} to {high}' if math.isfinite(high) else f'{least} and finite'
+      bounds = f'{least} and ' + (f'at most {high}' if math.isfinite(high) else 'finite')
       raise ConfigError(f'{name}={value}: must be {bounds}.')
 
 
@@ -220,6 +221,11 @@ def _check(experiment: ExperimentConfig) -> None:
       f'config.saq.perturbation={perturbed.perturbation!r}, group_size={perturbed.group_size}: '
       "'group' needs a group_size, and nothing else takes one."
     )
+  check_strategy(
+    experiment.strategy,
+    accumulate=experiment.quant_stage.accumulate,
+    accumulate_clean_grad=perturbed.accumulate_clean_grad,
+  )
   lsq = QuantConfig()
   if 'lsq' not in (quant.weights, quant.acts) and (quant.lsq_init, quant.lsq_grad_scale) != (
     lsq.lsq_init,

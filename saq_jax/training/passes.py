@@ -1,11 +1,9 @@
-"""The two gradients of a step: on a batch at once, in parts, or group by group."""
+"""The two passes of a step: over the batch at once, or group by group."""
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,24 +12,19 @@ from jax.sharding import Mesh, PartitionSpec
 
 from saq_jax import _axes as axes
 from saq_jax._paths import PyTree
-from saq_jax.training.loss import cross_entropy, hits
+from saq_jax.perturbation import ratio, wide
+from saq_jax.training.gradients import Gradients, PassConfig, Seen, gradients, in_parts, one_by_one
 from saq_jax.training.network import Network
-from saq_jax.training.sharding import Layout
-from saq_jax.training.state import variables
-
-# (z, batch_stats, model) -> ((loss, (new batch_stats, accuracy)), gradient)
-GradFn = Callable[[PyTree, PyTree, nn.Module], tuple[tuple[Array, tuple[PyTree, Array]], PyTree]]
-UpdateFn = Callable[..., tuple[PyTree, Any]]
 
 
 class Found(NamedTuple):
   """What the two passes found.
 
   Attributes:
-    loss: of the first pass.
-    accuracy: of the first pass.
+    loss: of the first pass; of the only one, if there is one.
+    accuracy: likewise.
     batch_stats: running statistics after the pass, or both, that the settings say.
-    loss_perturbed: of the second pass; None where there is none.
+    loss_perturbed: of the second pass, 0 where it was skipped; None where there is none.
   """
 
   loss: Array
@@ -41,30 +34,11 @@ class Found(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class PassConfig:
-  """How the gradients are taken.
-
-  Attributes:
-    label_smoothing: 0 to below 1.
-    batch_stats_from_both: running statistics move in the second pass too.
-    second_pass_float32: the second pass computes in float32, whatever the model does.
-    accumulate: parts that each gradient is added up from.
-    shards: devices that the batch is spread over; each part has a piece of each one's share.
-  """
-
-  label_smoothing: float = 0.0
-  batch_stats_from_both: bool = False
-  second_pass_float32: bool = True
-  accumulate: int = 1
-  shards: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
 class Groups:
   """A perturbation for each group of examples (m-sharpness) instead of one for the batch.
 
   Attributes:
-    slot: `saq(..., has_aux=True)` or `qat`, without an axis.
+    slot: `saq(..., has_aux=True)`, a strategy of it, or `qat`, without an axis.
     optimizer: that follows it.
     mesh: the devices; each goes through its own share of the batch.
     size: examples a group, which divides a device's share; None for the share itself.
@@ -76,104 +50,66 @@ class Groups:
   size: int | None = None
 
 
-def batch_gradient(images: Array, labels: Array, key: Array, config: PassConfig) -> GradFn:
-  """Makes the gradient of the mean loss over a batch, as a function of the weights.
-
-  With `accumulate` n the batch goes through the model in n parts, one after the other, and the
-  gradient is the mean of theirs: that of the whole batch, but for norms over the batch, whose
-  statistics are each part's own.
-
-  Args:
-    images: floating [B, H, W, C], normalised.
-    labels: int32 [B], or float32 [B, classes].
-    key: of dropout; both passes drop the same units.
-    config: the loss, and the parts.
-
-  Returns:
-    A function of (z, batch_stats, model).
-  """
-
-  def loss_fn(
-    z: PyTree, batch_stats: PyTree, model: nn.Module, images: Array, labels: Array, key: Array
-  ) -> tuple[Array, tuple[PyTree, Array]]:
-    logits, moved = model.apply(
-      variables(z, batch_stats), images, train=True, mutable=['batch_stats'], rngs={'dropout': key}
-    )
-    loss = cross_entropy(logits, labels, config.label_smoothing).mean()
-    return loss, (moved.get('batch_stats', {}), hits(logits, labels).mean())
-
-  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-  count = config.accumulate
-  if count == 1:
-    return lambda z, stats, model: grad_fn(z, stats, model, images, labels, key)
-  parts = in_parts((images, labels), count, config.shards)
-
-  def accumulated(z: PyTree, batch_stats: PyTree, model: nn.Module) -> Any:
-    def add(carry: Any, part: Any) -> tuple[Any, None]:
-      stats, sums = carry
-      i, (images, labels) = part
-      own_key = jax.random.fold_in(key, i)
-      (loss, (stats, right)), g = grad_fn(z, stats, model, images, labels, own_key)
-      return (stats, jax.tree.map(jnp.add, sums, (loss, right, g))), None
-
-    (_, (_, right)), _ = shapes = jax.eval_shape(
-      lambda: grad_fn(z, batch_stats, model, *jax.tree.map(lambda x: x[0], parts), key)
-    )
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0][0], right, shapes[1]))
-    (stats, sums), _ = _one_by_one(add, (batch_stats, zeros), (jnp.arange(count), parts))
-    loss, right, g = jax.tree.map(lambda x: x / count, sums)
-    return (loss, (stats, right)), g
-
-  return accumulated
-
-
 def two_passes(
-  update_fn: UpdateFn,
+  tx: optax.GradientTransformationExtraArgs,
   opt_state: Any,
   params: PyTree,
   z: PyTree,
   batch_stats: PyTree,
-  grad_fn: GradFn,
+  grads: Gradients,
   network: Network,
   config: PassConfig,
 ) -> tuple[PyTree, Any, Found]:
   """The clean gradient at z, and the second one inside the transformation.
 
   Args:
-    update_fn: of the chain, or of its first link alone.
-    opt_state: its state, with the `SAQState` as itself or first.
+    tx: an `optax.chain` that begins with `saq(has_aux=True)`, a strategy of it, or `qat`.
+    opt_state: its state.
     params: the latent weights.
     z: `network.quantize(params)`.
     batch_stats: running statistics.
-    grad_fn: of `batch_gradient`.
+    grads: of `gradients`.
     network: model and weight quantizer.
     config: which pass moves the running statistics, and in what the second computes.
 
   Returns:
-    The updates, the new state without the second pass's `aux`, and what the passes found.
+    The updates, the new state without the second pass's `aux`, and what the passes found. Where
+    the first pass is left out or sees a part of the batch, statistics come from the second.
   """
-  (loss, (stats, accuracy)), g = grad_fn(z, batch_stats, network.model)
+  first: tuple[Array, Seen] | None = None
+  if grads.first is None:
+    g = jax.tree.map(jnp.zeros_like, z)
+  else:
+    first, g = grads.first(z, batch_stats, network.model)
+  began = first[1].batch_stats if first and config.batch_stats_from_both else batch_stats
+  clean = first[1].losses if first else None
   # In bfloat16 most of a perturbation is below the spacing of the weights, and is rounded away.
   again = network.model.clone(dtype=None) if config.second_pass_float32 else network.model
-
   # So it is where an accelerator takes float32 products in bfloat16 or TF32, as they do by default.
   precision = 'highest' if config.second_pass_float32 else None
 
-  def second_grad(z: PyTree) -> tuple[PyTree, tuple[Array, PyTree]]:
+  def second_grad(z: PyTree) -> tuple[PyTree, tuple[Array, Seen]]:
     with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
-      (loss, (stats_after_both, _)), g2 = grad_fn(z, stats, again)
-    return g2, (loss, stats_after_both)
+      found, g2 = grads.second(z, began, again, clean)
+    return g2, found
 
-  updates, opt_state = update_fn(g, opt_state, params, grad_fn=second_grad)
-  alone = hasattr(opt_state, 'aux')
-  slot = opt_state if alone else opt_state[0]
-  perturbed = None
-  if slot.aux is not None:
-    perturbed, stats_after_both = slot.aux
-    stats = stats_after_both if config.batch_stats_from_both else stats
-  slot = slot._replace(aux=None)
-  opt_state = slot if alone else (slot, *opt_state[1:])
-  return updates, opt_state, Found(loss, accuracy, stats, perturbed)
+  updates, (slot, *rest) = tx.update(g, opt_state, params, grad_fn=second_grad)
+  found = _found(first, slot, grads.first_is_whole, config.batch_stats_from_both)
+  return updates, (slot._replace(aux=None), *rest), found
+
+
+def _found(first: tuple[Array, Seen] | None, slot: Any, first_is_whole: bool, both: bool) -> Found:
+  """Puts together what the passes saw; the second may have been skipped at run time."""
+  if slot.aux is None:
+    assert first is not None
+    return Found(first[0], first[1].accuracy, first[1].batch_stats, None)
+  perturbed, second = slot.aux
+  if first is None:
+    return Found(perturbed, second.accuracy, second.batch_stats, None)
+  stats = first[1].batch_stats
+  if both or not first_is_whole:
+    stats = jax.tree.map(lambda a, b: jnp.where(slot.second > 0, b, a), stats, second.batch_stats)
+  return Found(first[0], first[1].accuracy, stats, perturbed)
 
 
 def grouped_passes(
@@ -209,6 +145,7 @@ def grouped_passes(
     As `two_passes`, for the first link.
   """
   names = groups.mesh.axis_names
+  slot, config = optax.chain(groups.slot), dataclasses.replace(config, shards=1)
   whole, split = PartitionSpec(), PartitionSpec(names)
 
   def device(params: PyTree, stats: PyTree, slot_state: Any, key: Array, *batch: Array) -> Any:
@@ -220,18 +157,16 @@ def grouped_passes(
 
     def one(stats: PyTree, part: Any) -> tuple[PyTree, Any]:
       i, (images, labels) = part
-      grad_fn = batch_gradient(images, labels, jax.random.fold_in(key, first + i), config)
+      grads = gradients(images, labels, jax.random.fold_in(key, first + i), config)
       z = network.quantize(params)
-      updates, state, found = two_passes(
-        groups.slot.update, slot_state, params, z, stats, grad_fn, network, config
+      updates, (state,), found = two_passes(
+        slot, (slot_state,), params, z, stats, grads, network, config
       )
-      return found.batch_stats, (updates, state, found)
+      # The step is a whole number, of which no mean is taken.
+      return found.batch_stats, (updates, state._replace(step=None), found)
 
-    stats, each = _one_by_one(one, stats, (jnp.arange(count), parts))
-    updates, state, found = axes.mean(
-      jax.tree.map(lambda x: x.mean(0) if jnp.issubdtype(x.dtype, jnp.floating) else x[0], each),
-      names,
-    )
+    stats, each = one_by_one(one, stats, (jnp.arange(count), parts))
+    updates, state, found = axes.mean(jax.tree.map(lambda x: x.mean(0), each), names)
     return updates, state, found._replace(batch_stats=axes.mean(stats, names))
 
   updates, state, found = jax.shard_map(
@@ -240,51 +175,9 @@ def grouped_passes(
     in_specs=(whole, whole, whole, whole, split, split),
     out_specs=whole,
   )(params, batch_stats, slot_state, key, images, labels)
-  wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), updates)
-  return updates, state._replace(sharp_grad_norm=optax.tree.norm(wide)), found
-
-
-def over_layout(grad_fn: GradFn, layout: Layout) -> GradFn:
-  """Takes the gradient at weights that are cut over devices, and cuts it likewise.
-
-  Args:
-    grad_fn: of `batch_gradient`.
-    layout: of the parameters.
-
-  Returns:
-    A function like it, which brings the weights together before the model uses them.
-  """
-
-  def cut(z: PyTree, batch_stats: PyTree, model: nn.Module) -> Any:
-    found, g = grad_fn(layout.whole(z), batch_stats, model)
-    return found, layout.spread(g)
-
-  return cut
-
-
-def in_parts(tree: PyTree, count: int, shards: int) -> PyTree:
-  """Cuts a batch into parts, each with a piece of every device's share.
-
-  Args:
-    tree: arrays [B, ...].
-    count: parts, n; B is a multiple of n times `shards`.
-    shards: devices that the batch is spread over.
-
-  Returns:
-    Arrays [n, B / n, ...], of which the second axis is spread as the first was.
-
-  Example:
-    >>> in_parts(jnp.arange(8), 2, 2).tolist()
-    [[0, 1, 4, 5], [2, 3, 6, 7]]
-  """
-
-  def cut(x: Array) -> Array:
-    pieces = x.reshape(shards, count, -1, *x.shape[1:])
-    return pieces.swapaxes(0, 1).reshape(count, -1, *x.shape[1:])
-
-  return jax.tree.map(cut, tree)
-
-
-def _one_by_one(step: Any, carry: Any, parts: Any) -> tuple[Any, Any]:
-  """`jax.lax.scan`, written out for a CPU, where XLA's convolutions in a loop are 40x slower."""
-  return jax.lax.scan(step, carry, parts, unroll=jax.default_backend() == 'cpu')
+  if found.loss_perturbed is not None:  # the mean of those groups that took a second gradient
+    found = found._replace(loss_perturbed=ratio(found.loss_perturbed, state.second))
+  state = state._replace(
+    step=optax.safe_increment(slot_state.step), sharp_grad_norm=optax.tree.norm(wide(updates))
+  )
+  return updates, state, found

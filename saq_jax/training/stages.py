@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import jax
+import optax
 from jax import Array
 from jax.sharding import Mesh
 
 from saq_jax._paths import PyTree
 from saq_jax.data.datasets import Dataset
 from saq_jax.data.loader import Reading
+from saq_jax.oscillation import track_oscillation
 from saq_jax.training.build import build_optimizer, build_slot, total_steps
 from saq_jax.training.config import ExperimentConfig, StageConfig
 from saq_jax.training.evaluate import Score, make_evaluator
@@ -24,6 +26,7 @@ from saq_jax.training.sharding import replicated
 from saq_jax.training.signals import Stop
 from saq_jax.training.state import TrainState, new_state, state_from_weights
 from saq_jax.training.step import StepConfig, prepare_images
+from saq_jax.training.strategy_config import StrategyConfig
 from saq_jax.training.workdir import write_json
 
 _SCORE = 'score.json'
@@ -147,21 +150,31 @@ def make_stage(config: ExperimentConfig, name: str, train: Dataset) -> Stage:
   quant = FLOATING if name == 'float' else config.quant
   network = build_network(config.model, quant, train.num_classes)
   steps_per_epoch = len(train) / config.data.batch_size
-  slot = build_slot(network, config.saq if name == 'saq' else None, steps_per_epoch)
+  steps = total_steps(settings, steps_per_epoch)
+  slot = build_slot(
+    network,
+    config.saq if name == 'saq' else None,
+    steps_per_epoch,
+    config.strategy,
+    total_steps=steps,
+    seed=config.seed,
+  )
   optimizer, lr = build_optimizer(settings, steps_per_epoch)
+  if config.watch.oscillation and name != 'float':
+    optimizer = optax.chain(optimizer, track_oscillation(network.quantize))
   return Stage(
     name=name,
     network=network,
     slot=slot,
     optimizer=optimizer,
     lr=lr,
-    step=make_step_config(config, settings, train.num_classes),
+    step=make_step_config(config, settings, train.num_classes, name),
     seed=config.seed,
     repeats=config.augment.repeats,
     reading=Reading(config.data.workers, config.data.timeout),
     batch_size=config.data.batch_size,
     eval_batch_size=config.data.eval_batch_size,
-    total_steps=total_steps(settings, steps_per_epoch),
+    total_steps=steps,
     steps_per_epoch=steps_per_epoch,
     eval_every=max(1, round(config.eval_every_epochs * steps_per_epoch)),
     checkpoint_every=max(1, round(config.checkpoint_every_epochs * steps_per_epoch)),
@@ -175,7 +188,7 @@ def make_stage(config: ExperimentConfig, name: str, train: Dataset) -> Stage:
 
 
 def make_step_config(
-  config: ExperimentConfig, settings: StageConfig, num_classes: int
+  config: ExperimentConfig, settings: StageConfig, num_classes: int, name: str
 ) -> StepConfig:
   """What a step does beside the network and the optimizer.
 
@@ -183,11 +196,13 @@ def make_step_config(
     config: the experiment.
     settings: of the stage.
     num_classes: of the dataset.
+    name: of the stage; 'saq' alone has a strategy.
 
   Returns:
     The settings of the step.
   """
   augment = config.augment
+  strategy = config.strategy if name == 'saq' else StrategyConfig()
   return StepConfig(
     mean=config.data.mean,
     std=config.data.std,
@@ -203,6 +218,8 @@ def make_step_config(
     accumulate=settings.accumulate,
     shards=jax.device_count(),
     gather_codes=config.mesh.gather == 'codes',
+    first_examples=0.0 if strategy.name == 'momentum' else strategy.first_examples,
+    second_examples=strategy.second_examples,
   )
 
 

@@ -124,7 +124,11 @@ def state_from_weights(
 def _at_step_0(
   tx: optax.GradientTransformation, seed: Array, params: PyTree, batch_stats: PyTree
 ) -> TrainState:
-  return TrainState(jnp.zeros((), jnp.int32), seed, params, batch_stats, tx.init(params))
+  try:
+    opt_state = tx.init(params)
+  except ValueError as error:  # a mask that fits no leaf
+    raise ConfigError(str(error)) from error
+  return TrainState(jnp.zeros((), jnp.int32), seed, params, batch_stats, opt_state)
 
 
 def _at_least(x: Array, dtype: jnp.dtype) -> Array:

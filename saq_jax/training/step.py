@@ -11,16 +11,10 @@ from jax import Array
 from saq_jax._paths import PyTree
 from saq_jax.data import augment, mix
 from saq_jax.training.gather import gather_weights
+from saq_jax.training.gradients import PassConfig, gradients, over_layout
 from saq_jax.training.loss import cross_entropy, hits
 from saq_jax.training.network import Network
-from saq_jax.training.passes import (
-  Groups,
-  PassConfig,
-  batch_gradient,
-  grouped_passes,
-  over_layout,
-  two_passes,
-)
+from saq_jax.training.passes import Groups, grouped_passes, two_passes
 from saq_jax.training.sharding import Layout
 from saq_jax.training.state import TrainState, variables
 
@@ -50,6 +44,8 @@ class StepConfig:
     accumulate: parts that each gradient is added up from.
     shards: devices that the batch is spread over.
     gather_codes: where weights are cut over devices, send integer codes for the first pass.
+    first_examples: the part of the batch of which the first gradient is taken; 0 for none.
+    second_examples: the part of the batch of which the second is.
   """
 
   mean: tuple[float, ...]
@@ -66,6 +62,8 @@ class StepConfig:
   accumulate: int = 1
   shards: int = 1
   gather_codes: bool = False
+  first_examples: float = 1.0
+  second_examples: float = 1.0
 
   @property
   def passes(self) -> PassConfig:
@@ -76,6 +74,8 @@ class StepConfig:
       self.second_pass_float32,
       self.accumulate,
       self.shards,
+      self.first_examples,
+      self.second_examples,
     )
 
 
@@ -152,11 +152,12 @@ def train_on(
   devices, gradients, norms and batch statistics are those of the global batch.
 
   Args:
-    state: its `opt_state` begins with the `SAQState` of `saq(has_aux=True)` or `qat`.
+    state: its `opt_state` begins with the `SAQState` of `saq(has_aux=True)`, a strategy of it, or
+      `qat`.
     images: floating [B, H, W, C], normalised.
     labels: int32 [B], or float32 [B, classes] where they are mixed.
     network: model and weight quantizer.
-    tx: `optax.chain(saq(...) or qat(...), ...)`.
+    tx: `optax.chain(slot, ...)` with one of these as slot.
     lr: the schedule, for the metrics.
     config: loss, batch statistics and the second pass.
     groups: takes a perturbation for each group of examples instead of one; its slot and optimizer
@@ -165,24 +166,26 @@ def train_on(
 
   Returns:
     The next state, and the metrics of this step as scalars: loss, accuracy, lr, grad_norm,
-    sharp_grad_norm and cosine (see `SAQState`), and for `saq` rho and loss_perturbed.
+    sharp_grad_norm, cosine and second (see `SAQState`), and for `saq` rho and loss_perturbed,
+    which is 0 where the second gradient was skipped. With `track_oscillation` in `tx` also
+    codes_changed and codes_oscillating.
   """
   key = jax.random.fold_in(step_key(state), _DROPOUT)
   slot_state, *rest = state.opt_state
   if groups is None:
-    grad_fn = batch_gradient(images, labels, key, config.passes)
+    grads = gradients(images, labels, key, config.passes)
     if layout is None:
       z = network.quantize(state.params)
     else:
       z = gather_weights(network.quantize, state.params, layout, codes=config.gather_codes)
-      grad_fn = over_layout(grad_fn, layout)
+      grads = over_layout(grads, layout)
     updates, opt_state, found = two_passes(
-      tx.update,
+      tx,
       state.opt_state,
       state.params,
       z,
       state.batch_stats,
-      grad_fn,
+      grads,
       network,
       config.passes,
     )
@@ -208,9 +211,13 @@ def train_on(
     'grad_norm': slot_state.grad_norm,
     'sharp_grad_norm': slot_state.sharp_grad_norm,
     'cosine': slot_state.cosine,
+    'second': slot_state.second,
   }
   if found.loss_perturbed is not None:
     metrics |= {'rho': slot_state.rho, 'loss_perturbed': found.loss_perturbed}
+  for name in ('changed', 'oscillating'):
+    if (codes := optax.tree.get(opt_state, name)) is not None:
+      metrics[f'codes_{name}'] = codes
   return state.replace(  # type: ignore[attr-defined]
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),

@@ -7,7 +7,8 @@ from saq_jax.training.bounds import ABOVE_0, within
 
 @dataclasses.dataclass(frozen=True)
 class WatchConfig:
-  """What a run looks out for, and what it does then. All but `backoff` may change between starts.
+  """What a run looks out for, and what it does then. All but `backoff` and
+  `oscillation` may change between starts.
 
   Attributes:
     stall_seconds: a line tells what the loop waits for once it has waited so long for the devices
@@ -22,6 +23,9 @@ class WatchConfig:
     retries: how often a stage that diverged goes back to its last good checkpoint by itself and on
       from there, without the batches that it diverged with; 0: it stops.
     backoff: what the learning rate of the rest of the stage is multiplied by each time it does.
+    oscillation: count the codes of weights that change, and that change to and fro, in the
+      quantized stages: `codes_changed` and `codes_oscillating` in the metrics. It costs one
+      rounding of the weights a step and 6 bytes a weight; see `saq_jax.oscillation`.
   """
 
   stall_seconds: float | None = within(300.0, ABOVE_0)
@@ -30,3 +34,4 @@ class WatchConfig:
   spike_steps: int = within(20, 1)
   retries: int = within(0, 0)
   backoff: float = within(0.5, ABOVE_0, 1)
+  oscillation: bool = False
