@@ -21,7 +21,8 @@ import jax
 import numpy as np
 import optax
 
-from saq_jax.training.build import build_optimizer, build_slot
+from saq_jax.training.build import build_optimizer, build_slot, known_choices
+from saq_jax.training.compiled import CompiledStep
 from saq_jax.training.config import ModelConfig, QuantConfig, SAQConfig, StageConfig
 from saq_jax.training.network import FLOATING, build_network
 from saq_jax.training.state import TrainState, new_state
@@ -51,6 +52,8 @@ STRATEGIES = {
   'ascent_16th': StrategyConfig(first_examples=0.0625),
   'momentum': StrategyConfig(name='momentum'),
 }
+# Steps of a kind in all, at most.
+LONGEST = 10_000
 KINDS = ('float', 'qat', *STRATEGIES)
 
 
@@ -61,7 +64,7 @@ def make(kind: str, which: str) -> tuple[Callable[..., Any], TrainState]:
   optimizer, lr = build_optimizer(StageConfig(lr=1e-3, scale_lr=1e-4), 1.0)
   strategy = STRATEGIES.get(kind, StrategyConfig())
   saq = SAQConfig() if kind in STRATEGIES else None
-  tx = optax.chain(build_slot(network, saq, 1.0, strategy, total_steps=100), optimizer)
+  tx = optax.chain(build_slot(network, saq, 1.0, strategy, total_steps=LONGEST), optimizer)
   config = StepConfig(
     mean=(0.5,) * 3,
     std=(0.25,) * 3,
@@ -70,11 +73,14 @@ def make(kind: str, which: str) -> tuple[Callable[..., Any], TrainState]:
     first_examples=0.0 if strategy.name == 'momentum' else strategy.first_examples,
     second_examples=strategy.second_examples,
   )
-  step = jax.jit(
-    functools.partial(train_step, network=network, tx=tx, lr=lr, config=config), donate_argnums=0
-  )
+  step = functools.partial(train_step, network=network, tx=tx, lr=lr, config=config)
+
+  def jitted(taken: bool | None) -> Any:
+    return jax.jit(functools.partial(step, taken=taken), donate_argnums=0)
+
+  taken = known_choices(strategy, LONGEST, 0) if saq else None
   images = np.random.default_rng(0).normal(size=(1, size, size, 3)).astype(np.float32)
-  return step, jax.jit(lambda x: new_state(network, tx, 0, x))(images)
+  return CompiledStep(jitted, taken), jax.jit(lambda x: new_state(network, tx, 0, x))(images)
 
 
 def measure(
@@ -92,9 +98,8 @@ def measure(
   for i in range(rounds + 1):
     for kind, (step, state) in steps.items():
       began = time.perf_counter()
-      # A first turn compiles, and has the period of no strategy out of step.
-      for _ in range(count):
-        state, metrics = step(state, batch)
+      for number in range(i * count + 1, (i + 1) * count + 1):
+        state, metrics = step(state, batch, number)
         jax.block_until_ready((state, metrics))
       if i:
         seconds[kind].append((time.perf_counter() - began) / count)

@@ -47,17 +47,11 @@ weights; `saq` makes the sharpness-aware gradient of it, and an optimizer follow
 """
 
 from saq_jax._version import __version__
+from saq_jax.choices import at_random, every, hardest, where_steep
+from saq_jax.oscillation import track_oscillation
 from saq_jax.perturbation import only
 from saq_jax.quantizers import LIQ, LSQ, PACT, DoReFa, Quantizer
-from saq_jax.strategies import (
-  along_momentum,
-  at_random,
-  every,
-  hardest,
-  looksam,
-  sometimes,
-  where_steep,
-)
+from saq_jax.strategies import along_momentum, looksam, sometimes
 from saq_jax.transform import SAQState, qat, saq
 from saq_jax.weights import QuantRule, WeightQuantizer, weight_quantizer
 
@@ -80,6 +74,7 @@ __all__ = [
   'qat',
   'saq',
   'sometimes',
+  'track_oscillation',
   'weight_quantizer',
   'where_steep',
 ]

@@ -78,3 +78,9 @@ def require_count(who: str, name: str, value: Any) -> None:
   """Raises ValueError unless it is a whole number, at least 1."""
   if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
     raise ValueError(f'{who}({name}={value!r}): must be a whole number, at least 1.')
+
+
+def require_decay(who: str, decay: float) -> None:
+  """Raises ValueError unless it is from 0 to below 1."""
+  if not 0 <= decay < 1:
+    raise ValueError(f'{who}(decay={decay!r}): must be at least 0 and below 1.')

@@ -2,15 +2,17 @@ r"""What makes SAQ cheaper: links for the slot of `saq` in a chain that take few
 
 With `g = grad L(z)` at `z = quantize(params)` and `g2` the second gradient, at the perturbed point:
 
-    strategy              a step takes                    costs, in gradients    memory
-    `sometimes(every(k))` g2 in every k-th step           1 + 1/k                none
-    `sometimes(at_random)`g2 with probability p           1 + p                  none
-    `sometimes(where_steep)` g2 where |g| is high         1 + the part of steps  two numbers
-    `looksam`             g2 in every k-th step           1 + 1/k                a copy of params
-    `along_momentum`      a gradient at the moved point   1                      a copy of params
+    strategy                  a step takes                    gradients          memory
+    sometimes(every(k))       g2 in every k-th step           1 + 1/k            none
+    sometimes(at_random(p))   g2 with probability p           1 + p              none
+    sometimes(where_steep(T)) g2 where |g| is high            1 + those steps    two numbers
+    looksam(k)                g2 in every k-th step           1 + 1/k            a copy of params
+    along_momentum            one, at the perturbed point     1                  a copy of params
 
 A gradient that a step does not need is not computed (`jax.lax.cond`). Under `jax.vmap`, where the
-choice differs between the mapped runs, JAX computes both.
+choice differs between the mapped runs, JAX computes both. Where the caller knows the choice, as
+with `every`, `tx.update(..., taken=True)` or `taken=False` compiles that step alone: on CPUs XLA
+takes more than twice as long for a convolution inside of a `cond`.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from saq_jax import LSQ, QuantRule, every, qat, saq, sometimes, weight_quantizer
@@ -28,7 +30,7 @@ choice differs between the mapped runs, JAX computes both.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,114 +40,9 @@ from jax import Array
 from saq_jax import _axes as axes
 from saq_jax import _checks as checks
 from saq_jax._paths import PyTree
+from saq_jax.choices import When
 from saq_jax.perturbation import ratio, wide
 from saq_jax.transform import SAQState
-
-
-class When(NamedTuple):
-  """Says which steps take the second gradient.
-
-  Attributes:
-    init: () -> what it remembers, a tree of arrays or None.
-    choose: (step, squared norm of g, memory) -> (whether, new memory).
-  """
-
-  init: Callable[[], Any]
-  choose: Callable[[Array, Array, Any], tuple[Array, Any]]
-
-
-def every(k: int) -> When:
-  """Takes the second gradient in the steps t with `t mod k = 0`, the first one among them (ours).
-
-  Args:
-    k: at least 1; 1 is every step.
-
-  Returns:
-    For `sometimes`.
-
-  Raises:
-    ValueError: if k is not a whole number, at least 1.
-
-  Example:
-    >>> [bool(every(3).choose(t, 1.0, None)[0]) for t in range(5)]
-    [True, False, False, True, False]
-  """
-  checks.require_count('every', 'k', k)
-  return When(lambda: None, lambda step, _, memory: (jnp.asarray(step) % k == 0, memory))
-
-
-def at_random(probability: float | optax.Schedule, seed: int = 0) -> When:
-  """Takes the second gradient in a step with a probability (RST, arXiv 2203.09962).
-
-  Args:
-    probability: from 0 to 1, or an optax schedule of it by the step.
-    seed: of the draws: step t draws with the key `fold_in(key(seed), t)`.
-
-  Returns:
-    For `sometimes`.
-
-  Raises:
-    ValueError: if the probability is outside 0 to 1.
-
-  Example:
-    >>> bool(at_random(1.0).choose(jnp.array(7), 1.0, None)[0])
-    True
-  """
-  if not callable(probability) and not 0 <= probability <= 1:
-    raise ValueError(f'at_random(probability={probability!r}): must be from 0 to 1.')
-
-  def choose(step: Array, _: Array, memory: Any) -> tuple[Array, Any]:
-    p = probability(step) if callable(probability) else probability
-    return jax.random.bernoulli(jax.random.fold_in(jax.random.key(seed), step), p), memory
-
-  return When(lambda: None, choose)
-
-
-def where_steep(
-  total_steps: int, *, first: float = 1.0, last: float = -1.0, decay: float = 0.9
-) -> When:
-  r"""Takes the second gradient where the first is long for its kind (AE-SAM, arXiv 2304.14647).
-
-      mu <- decay mu + (1 - decay) |g|^2
-      var <- decay var + (1 - decay) (|g|^2 - mu)^2
-      taken where |g|^2 >= mu + c sqrt(var),   c = first + (last - first) t / T
-
-  The defaults are the authors': rarely at the start, mostly at the end. mu begins as the first
-  |g|^2 and var as 0 (ours), so that the first step takes it.
-
-  Args:
-    total_steps: T, at least 1.
-    first: the threshold c at the start, in deviations.
-    last: at the end.
-    decay: from 0 to below 1.
-
-  Returns:
-    For `sometimes`. Where each device has its own g, |g|^2 is the mean of theirs.
-
-  Raises:
-    ValueError: for a total below 1 or a decay outside [0, 1).
-
-  Example:
-    >>> when = where_steep(100)
-    >>> taken, memory = when.choose(jnp.array(0), jnp.array(4.0), when.init())
-    >>> bool(taken), float(memory[0])
-    (True, 4.0)
-  """
-  checks.require_count('where_steep', 'total_steps', total_steps)
-  _require_decay('where_steep', decay)
-
-  def init() -> tuple[Array, Array]:
-    return jnp.zeros((), float), jnp.zeros((), float)
-
-  def choose(step: Array, square: Array, memory: Any) -> tuple[Array, Any]:
-    begin = jnp.asarray(step) == 0
-    mean, var = memory
-    mean = jnp.where(begin, square, decay * mean + (1 - decay) * square).astype(float)
-    var = jnp.where(begin, 0.0, decay * var + (1 - decay) * (square - mean) ** 2).astype(float)
-    threshold = first + (last - first) * step / total_steps
-    return square >= mean + threshold * jnp.sqrt(var), (mean, var)
-
-  return When(init, choose)
 
 
 def sometimes(
@@ -187,15 +84,16 @@ def sometimes(
     params: PyTree | None = None,
     *,
     grad_fn: Callable[[PyTree], Any] | None = None,
+    taken: bool | None = None,
     **extra: Any,
   ) -> tuple[PyTree, SAQState]:
     del extra
     _require_call(updates, params, grad_fn)
     square = axes.mean(optax.tree.norm(wide(updates), squared=True), axis_name)
-    taken, memory = when.choose(state.step, square, state.memory)
+    chosen, memory = when.choose(state.step, square, state.memory)
     bare = state._replace(aux=None, memory=None)
     updates, new = _either(
-      taken,
+      chosen if taken is None else taken,
       lambda: sharp.update(updates, bare, params, grad_fn=grad_fn),
       lambda: plain.update(updates, bare, params),
       (updates, axis_name),
@@ -255,6 +153,7 @@ def looksam(
     params: PyTree | None = None,
     *,
     grad_fn: Callable[[PyTree], Any] | None = None,
+    taken: bool | None = None,
     **extra: Any,
   ) -> tuple[PyTree, SAQState]:
     del extra
@@ -279,7 +178,8 @@ def looksam(
       cosine = ratio(cosine, new.sharp_grad_norm).astype(float)
       return sharp_grad, new._replace(cosine=cosine, memory=v)
 
-    return _either(state.step % k == 0, full, reuse, (updates, axis_name))
+    chosen = state.step % k == 0 if taken is None else taken
+    return _either(chosen, full, reuse, (updates, axis_name))
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -326,7 +226,7 @@ def along_momentum(
     >>> g  # at params + 5 (0.6, 0.8)
     Array([12., 16.], dtype=float32)
   """
-  _require_decay('along_momentum', decay)
+  checks.require_decay('along_momentum', decay)
 
   def init_fn(params: PyTree) -> SAQState:
     return sharp.init(params)._replace(memory=jax.tree.map(jnp.zeros_like, params))
@@ -351,35 +251,6 @@ def along_momentum(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def hardest(clean: Array, perturbed: Array, fraction: float, groups: int = 1) -> Array:
-  """The examples whose loss a perturbation raises most (ESAM's SDS, arXiv 2110.03141).
-
-  A second gradient of these alone costs their part of a whole one, and the forward pass that
-  finds them. There are always `ceil(fraction B)` of them, so that shapes are static.
-
-  Args:
-    clean: [B], the losses of a batch at z.
-    perturbed: [B], the same at z + eps.
-    fraction: gamma, above 0 and at most 1.
-    groups: that the batch is cut into, such as devices, each of which gives its own part.
-
-  Returns:
-    int32 [groups, n], places in each group, those of the largest `perturbed - clean` first; of
-    equal ones the earlier.
-
-  Raises:
-    ValueError: for a fraction outside (0, 1].
-
-  Example:
-    >>> hardest(jnp.zeros(4), jnp.array([0.1, 0.4, 0.2, 0.3]), 0.5)
-    Array([[1, 3]], dtype=int32)
-  """
-  checks.require_fraction('hardest', 'fraction', fraction)
-  rise = (perturbed - clean).reshape(groups, -1)
-  count = -int(-fraction * rise.shape[1] // 1)
-  return jax.lax.top_k(rise, count)[1]
-
-
 class _Seen:
   """`grad_fn`, which keeps what it returned."""
 
@@ -399,7 +270,7 @@ class _Seen:
 
 
 def _either(
-  taken: Array,
+  taken: Array | bool,
   full: Callable[[], tuple[PyTree, SAQState]],
   plain: Callable[[], tuple[PyTree, SAQState]],
   example: tuple[PyTree, axes.AxisName | None],
@@ -413,17 +284,14 @@ def _either(
     return updates, new._replace(aux=aux)
 
   alike = functools.partial(axes.alike, *example)
+  if isinstance(taken, bool):
+    return alike(full()) if taken else alike(without())
   return jax.lax.cond(taken, lambda: alike(full()), lambda: alike(without()))
 
 
 def _own(tree: PyTree, axis_name: axes.AxisName | None) -> PyTree:
   """What all devices share, as each one's own."""
   return tree if axis_name is None else axes.own(tree, axis_name)
-
-
-def _require_decay(who: str, decay: float) -> None:
-  if not 0 <= decay < 1:
-    raise ValueError(f'{who}(decay={decay!r}): must be at least 0 and below 1.')
 
 
 def _require_call(updates: PyTree, params: PyTree | None, grad_fn: Any) -> None:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / 'saq_jax'
 LEVELS = [
   ['_version', '_ste', '_paths', '_convolution'],
   ['_quantizer', '_axes', '_checks'],
-  ['quantizers', 'perturbation'],
+  ['quantizers', 'perturbation', 'choices'],
   ['weights', 'transform', 'layers'],
   ['strategies'],
   ['attention', 'oscillation'],
@@ -40,6 +40,7 @@ ALLOWED = {
   'quantizers': {'jax'},
   'weights': {'jax'},
   'perturbation': {'jax', 'optax'},
+  'choices': {'jax', 'optax'},
   'transform': {'jax', 'optax'},
   'strategies': {'jax', 'optax'},
   'layers': {'jax', 'flax'},

@@ -71,6 +71,11 @@ def test_help_fits_on_a_screen(capsys):
     ('--config.quant_stage.warmup_epochs=30', ['warmup_epochs=30', 'below its epochs']),
     ('--config.float_stage.epochs=0', ['config.float_stage.epochs', 'above 0']),
     ('--config.data.std=0', ['config.data.std', 'above 0']),
+    ('--config.strategy.period=0', ['config.strategy.period=0', 'at least 1']),
+    ('--config.strategy.tensors=0', ['config.strategy.tensors=0', 'above 0 and at most 1']),
+    ('--config.strategy.second_examples=1.5', ['second_examples=1.5', 'above 0 and at most 1']),
+    ('--config.strategy.alpha=0.5', ['config.strategy.alpha', "'full' does not read it"]),
+    ('--config.strategy.perturb_only=a(', ["only('a(')", 'not a regular expression']),
   ],
 )
 def test_wrong_input_is_one_line_and_code_2(capsys, tmp_path, flag, words):

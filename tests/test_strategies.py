@@ -186,6 +186,28 @@ def test_a_skipped_gradient_is_not_computed(make, wanted):
   assert len(calls) == wanted
 
 
+def test_a_choice_that_is_known_is_compiled_alone():
+  quantizer = ThreeBitLIQ()
+  params = tree(V)
+  g = grad_fn(quantizer.fn(params))
+  for slot in (sometimes(*pair(quantizer, 3), every(2)), looksam(*pair(quantizer, 3), k=2)):
+    state = slot.init(params)
+    for step in range(3):
+
+      def update(state, taken):
+        return slot.update(g, state, params, grad_fn=grad_fn, taken=taken)  # noqa: B023
+
+      known = functools.partial(update, taken=step % 2 == 0)
+      assert ' cond' not in str(jax.make_jaxpr(known)(state))
+      chosen = functools.partial(update, taken=None)
+      assert ' cond' in str(jax.make_jaxpr(chosen)(state))
+      want, wanted = jax.jit(chosen)(state)
+      found, state = jax.jit(known)(state)
+      close(flat(found), flat(want), rtol=1e-6)
+      for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_what_came_beside_the_gradient_is_zero_where_it_was_skipped():
   quantizer = ThreeBitLIQ()
   links = pair(quantizer, 3, has_aux=True)

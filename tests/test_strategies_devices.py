@@ -46,9 +46,7 @@ def full(sync, direction=None):
   found = []
   for shard in SHARDS:
     own = direction if direction is not None else mean if sync else shard(QUANTIZER.forward(V))
-    found.append(
-      closed_form(QUANTIZER, V, 3, gradient=lambda _, own=own: own, second=shard)
-    )
+    found.append(closed_form(QUANTIZER, V, 3, gradient=lambda _, own=own: own, second=shard))
   return np.mean([f['out'] for f in found], 0), np.mean([f['g2'] for f in found], 0)
 
 

@@ -2,12 +2,15 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from saq_jax._paths import is_embedding, is_norm, is_quant_scale, map_named
+from saq_jax.choices import When, at_random, every, where_steep
 from saq_jax.perturbation import only
-from saq_jax.strategies import along_momentum, at_random, every, looksam, sometimes, where_steep
+from saq_jax.strategies import along_momentum, looksam, sometimes
 from saq_jax.training.config import SAQConfig, StageConfig
 from saq_jax.training.network import Network
 from saq_jax.training.strategy_config import StrategyConfig
@@ -39,7 +42,7 @@ def build_slot(
   if config is None:
     return qat(network.quantize)
   sharp = _build_saq(network, config, steps_per_epoch, strategy, seed)
-  plain, rest = qat(network.quantize), max(1, total_steps - 1)
+  plain = qat(network.quantize)
   if strategy.name == 'full':
     return sharp
   if strategy.name == 'looksam':
@@ -47,13 +50,36 @@ def build_slot(
   if strategy.name == 'momentum':
     return along_momentum(sharp, strategy.decay)
   if strategy.name == 'random':
-    first, last = strategy.first_probability, strategy.last_probability
-    return sometimes(sharp, plain, at_random(optax.linear_schedule(first, last, rest), seed))
+    return sometimes(sharp, plain, _at_random(strategy, total_steps, seed))
   if strategy.name == 'adaptive':
     first, last = strategy.first_threshold, strategy.last_threshold
     when = where_steep(total_steps, first=first, last=last, decay=strategy.decay)
     return sometimes(sharp, plain, when)
   return sometimes(sharp, plain, every(strategy.period))
+
+
+def known_choices(strategy: StrategyConfig, total_steps: int, seed: int) -> np.ndarray | None:
+  """Which steps of a stage take the second gradient, where that is known before it begins.
+
+  Args:
+    strategy: the settings.
+    total_steps: of the stage.
+    seed: as for `build_slot`.
+
+  Returns:
+    bool [total_steps]; None where every step takes the same, or the gradient decides.
+  """
+  if strategy.name in ('interval', 'looksam'):
+    return np.arange(total_steps) % strategy.period == 0
+  if strategy.name != 'random':
+    return None
+  when = _at_random(strategy, total_steps, seed)
+  return np.asarray(jax.vmap(lambda t: when.choose(t, t, None)[0])(jnp.arange(total_steps)))
+
+
+def _at_random(strategy: StrategyConfig, total_steps: int, seed: int) -> When:
+  first, last = strategy.first_probability, strategy.last_probability
+  return at_random(optax.linear_schedule(first, last, max(1, total_steps - 1)), seed)
 
 
 def _build_saq(

@@ -11,7 +11,7 @@ from jax import Array
 
 from saq_jax import _axes as axes
 from saq_jax._paths import PyTree
-from saq_jax.strategies import hardest
+from saq_jax.choices import hardest
 from saq_jax.training.loss import cross_entropy, hits
 from saq_jax.training.sharding import Layout
 from saq_jax.training.state import variables

@@ -26,6 +26,7 @@ from saq_jax.training.bookkeeping import (
 from saq_jax.training.bounds import ConfigError
 from saq_jax.training.checkpoint import Checkpoints
 from saq_jax.training.checkpoint_config import CheckpointConfig
+from saq_jax.training.compiled import CompiledStep
 from saq_jax.training.config import MeshConfig
 from saq_jax.training.evaluate import Score, make_evaluator
 from saq_jax.training.log import StageLog
@@ -72,6 +73,8 @@ class Stage:
     mesh: how the state lies on the devices.
     per_device: each device perturbs by the gradients of its own share of the batch.
     group_size: examples a perturbation then; None for the share as a whole.
+    taken: bool [total_steps], which steps take the second gradient; None where that is not known
+      before them.
     watch: what the stage looks out for.
     checkpoint: which checkpoints it keeps.
   """
@@ -95,6 +98,7 @@ class Stage:
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   per_device: bool = False
   group_size: int | None = None
+  taken: np.ndarray | None = None
   watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
@@ -250,8 +254,8 @@ def _first_images(stage: Stage, train: Dataset) -> np.ndarray:
     return next(iter(batches))
 
 
-def _compiled(stage: Stage, mesh: Mesh, state: TrainState) -> TrainStep:
-  """The train step, jitted once; the state's memory is reused."""
+def _compiled(stage: Stage, mesh: Mesh, state: TrainState) -> CompiledStep:
+  """The train step, jitted once a choice; the state's memory is reused."""
   layout = Layout(mesh, stage.mesh.min_shard)
   groups = Groups(stage.slot, stage.optimizer, mesh, stage.group_size) if stage.per_device else None
   step = functools.partial(
@@ -264,12 +268,16 @@ def _compiled(stage: Stage, mesh: Mesh, state: TrainState) -> TrainStep:
     layout=layout,
   )
   placed = layout.shardings(state)
-  return jax.jit(
-    step,
-    donate_argnums=0,
-    in_shardings=(placed, over_batch(mesh)),
-    out_shardings=(placed, replicated(mesh)),
-  )
+
+  def jitted(taken: bool | None) -> TrainStep:
+    return jax.jit(
+      functools.partial(step, taken=taken),
+      donate_argnums=0,
+      in_shardings=(placed, over_batch(mesh)),
+      out_shardings=(placed, replicated(mesh)),
+    )
+
+  return CompiledStep(jitted, stage.taken)
 
 
 def _started(begin: Begin, example: TrainState, *inputs: PyTree) -> TrainState:

@@ -125,7 +125,10 @@ def _from_text(hint: Any, text: str, name: str) -> Any:
   if inner is not None:
     return None if text in ('None', 'none') else _from_text(inner, text, name)
   if typing.get_origin(hint) is tuple:
-    items = [item.strip(' \'"') for item in text.strip('()[] ').split(',')]
+    text = text.strip()
+    if (text[:1], text[-1:]) in (('(', ')'), ('[', ']')):  # but for those of a regular expression
+      text = text[1:-1]
+    items = [item.strip(' \'"') for item in text.split(',')]
     return tuple(_from_text(typing.get_args(hint)[0], item, name) for item in items if item)
   if hint is bool:
     if text.lower() not in ('true', 'false', '1', '0'):
@@ -197,6 +200,8 @@ def _require_within(field: dataclasses.Field[Any], value: Any, name: str) -> Non
     if number is not None and not (low <= number <= high and math.isfinite(number)):
       least = 'above 0' if low == ABOVE_0 else f'at least {low}'
       bounds = f'{least} and ' + (f'at most {high}' if math.isfinite(high) else 'finite')
+      if low != ABOVE_0 and math.isfinite(high):
+        bounds = f'from {low} to {high}'
       raise ConfigError(f'{name}={value}: must be {bounds}.')
 
 

@@ -59,6 +59,7 @@ def two_passes(
   grads: Gradients,
   network: Network,
   config: PassConfig,
+  taken: bool | None = None,
 ) -> tuple[PyTree, Any, Found]:
   """The clean gradient at z, and the second one inside the transformation.
 
@@ -71,6 +72,7 @@ def two_passes(
     grads: of `gradients`.
     network: model and weight quantizer.
     config: which pass moves the running statistics, and in what the second computes.
+    taken: whether a strategy takes the second gradient, where that is known before the step.
 
   Returns:
     The updates, the new state without the second pass's `aux`, and what the passes found. Where
@@ -93,7 +95,7 @@ def two_passes(
       found, g2 = grads.second(z, began, again, clean)
     return g2, found
 
-  updates, (slot, *rest) = tx.update(g, opt_state, params, grad_fn=second_grad)
+  updates, (slot, *rest) = tx.update(g, opt_state, params, grad_fn=second_grad, taken=taken)
   found = _found(first, slot, grads.first_is_whole, config.batch_stats_from_both)
   return updates, (slot._replace(aux=None), *rest), found
 
@@ -122,6 +124,7 @@ def grouped_passes(
   key: Array,
   network: Network,
   config: PassConfig,
+  taken: bool | None = None,
 ) -> tuple[PyTree, Any, Found]:
   """The sharpness-aware gradient of each group of examples by itself, and the mean of all.
 
@@ -140,6 +143,7 @@ def grouped_passes(
     key: of dropout; each group has its own.
     network: model and weight quantizer.
     config: of the passes.
+    taken: as in `two_passes`.
 
   Returns:
     As `two_passes`, for the first link.
@@ -160,7 +164,7 @@ def grouped_passes(
       grads = gradients(images, labels, jax.random.fold_in(key, first + i), config)
       z = network.quantize(params)
       updates, (state,), found = two_passes(
-        slot, (slot_state,), params, z, stats, grads, network, config
+        slot, (slot_state,), params, z, stats, grads, network, config, taken
       )
       # The step is a whole number, of which no mean is taken.
       return found.batch_stats, (updates, state._replace(step=None), found)

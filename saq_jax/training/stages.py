@@ -14,7 +14,7 @@ from saq_jax._paths import PyTree
 from saq_jax.data.datasets import Dataset
 from saq_jax.data.loader import Reading
 from saq_jax.oscillation import track_oscillation
-from saq_jax.training.build import build_optimizer, build_slot, total_steps
+from saq_jax.training.build import build_optimizer, build_slot, known_choices, total_steps
 from saq_jax.training.config import ExperimentConfig, StageConfig
 from saq_jax.training.evaluate import Score, make_evaluator
 from saq_jax.training.given import Given, Weights, given_weights
@@ -182,6 +182,7 @@ def make_stage(config: ExperimentConfig, name: str, train: Dataset) -> Stage:
     mesh=config.mesh,
     per_device=name == 'saq' and config.saq.perturbation != 'batch',
     group_size=config.saq.group_size,
+    taken=known_choices(config.strategy, steps, config.seed) if name == 'saq' else None,
     watch=config.watch,
     checkpoint=config.checkpoint,
   )

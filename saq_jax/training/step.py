@@ -89,6 +89,7 @@ def train_step(
   config: StepConfig,
   groups: Groups | None = None,
   layout: Layout | None = None,
+  taken: bool | None = None,
 ) -> tuple[TrainState, Metrics]:
   """One step from a batch as it comes from the host; see `train_on`.
 
@@ -101,6 +102,7 @@ def train_step(
     config: augmentation, loss and batch statistics.
     groups: as in `train_on`.
     layout: as in `train_on`.
+    taken: as in `train_on`.
 
   Returns:
     As `train_on`.
@@ -116,6 +118,7 @@ def train_step(
     config=config,
     groups=groups,
     layout=layout,
+    taken=taken,
   )
   if 'damaged' in batch:
     metrics['damaged'] = jnp.sum(batch['damaged'])
@@ -145,6 +148,7 @@ def train_on(
   config: StepConfig,
   groups: Groups | None = None,
   layout: Layout | None = None,
+  taken: bool | None = None,
 ) -> tuple[TrainState, Metrics]:
   """The clean gradient at z = quantize(params), the second one inside `tx`, and the update.
 
@@ -163,6 +167,7 @@ def train_on(
     groups: takes a perturbation for each group of examples instead of one; its slot and optimizer
       are then those of `tx`.
     layout: of the parameters, where they are cut over devices.
+    taken: whether a strategy takes the second gradient, where that is known before the step.
 
   Returns:
     The next state, and the metrics of this step as scalars: loss, accuracy, lr, grad_norm,
@@ -188,6 +193,7 @@ def train_on(
       grads,
       network,
       config.passes,
+      taken,
     )
     slot_state = opt_state[0]
   else:
@@ -201,6 +207,7 @@ def train_on(
       key,
       network,
       config.passes,
+      taken,
     )
     updates, after = groups.optimizer.update(sharp, rest[0], state.params)
     opt_state = (slot_state, after)

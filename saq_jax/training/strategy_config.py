@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from saq_jax.perturbation import only
 from saq_jax.training.bounds import ABOVE_0, ConfigError, within
 
 
@@ -71,6 +72,11 @@ def check_strategy(
     ConfigError: if they do not.
   """
   name, begins, ends = strategy.name, strategy.first_examples, strategy.second_examples
+  try:
+    if strategy.perturb_only:
+      only(*strategy.perturb_only)
+  except ValueError as error:
+    raise ConfigError(f'config.strategy.perturb_only: {error}') from None
   plain = StrategyConfig()
   for setting, readers in _READ_BY.items():
     if name not in readers and getattr(strategy, setting) != getattr(plain, setting):
