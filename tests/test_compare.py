@@ -264,6 +264,7 @@ def test_report(config, finished, capsys):
     ('compare.validation_split', 'train[:10%]+test[:1%]', 'overlaps'),
     ('compare.validation_split', 'tset', 'validation_split'),
     ('init_from', 'somewhere', 'init_from'),
+    ('saq.perturbation', 'device', 'by the whole batch'),
     ('data.batch_size', '1000', 'make it smaller'),
   ],
 )

@@ -176,6 +176,8 @@ def _splits(config: ExperimentConfig) -> tuple[Dataset, Dataset, Dataset]:
     raise ConfigError('config.compare.rhos=(): name at least one radius.')
   if config.init_from is not None:
     raise ConfigError('config.init_from: a comparison trains its own weights, one set a seed.')
+  if config.saq.perturbation != 'batch':
+    raise ConfigError('config.saq.perturbation: a comparison perturbs by the whole batch.')
   if jax.process_count() > 1:
     raise ConfigError('config.compare.seeds: a comparison runs in a single process.')
   train, test = load_splits(config)
