@@ -8,7 +8,8 @@
 #   delete          the workload NAME; the run saves and ends. The same `workload` goes on
 #   delete-cluster  CLUSTER and all that is in it
 # Set PROJECT, ZONE and CLUSTER; for workload and delete NAME; for workload IMAGE, an image with
-# saq_jax and its configs, WORKDIR and DATA_DIR, and STORAGE, what xpk calls the storage of both.
+# saq_jax and this repository as its working directory, WORKDIR and DATA_DIR, and STORAGE, what xpk
+# calls the storage of both. A workload that is told to stop saves, and is started again.
 # --dry-run prints the command and runs none.
 set -euo pipefail
 PROJECT=${PROJECT:-} ZONE=${ZONE:-} CLUSTER=${CLUSTER:-} NAME=${NAME:-} SPOT=${SPOT:-0}
@@ -20,12 +21,13 @@ source "$(dirname "$0")/common.sh"
 
 xpk_run() { run xpk "$@" --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE"; }
 workload() {
-  # exec: xpk sends SIGTERM to the process that it has started, which must be Python.
+  # exec: xpk sends SIGTERM to the process that it has started. It starts a workload again on 75.
   xpk_run workload create --workload="$NAME" --tpu-type="$TYPE" --num-slices=1 \
     --docker-image="$IMAGE" --storage="$STORAGE" --env=JAX_DEFAULT_MATMUL_PRECISION="$PRECISION" \
-    --max-restarts="$RESTARTS" --termination-grace-period-seconds="$GRACE" \
-    --command="exec $(quote python -m saq_jax.main --config="$CONFIG" --workdir="$WORKDIR" \
-      --config.data.data_dir="$DATA_DIR" "$@")"
+    --max-restarts="$RESTARTS" --restart-on-exit-codes=75 \
+    --termination-grace-period-seconds="$GRACE" \
+    --command="exec $(quote launch/again.sh python -m saq_jax.main --config="$CONFIG" \
+      --workdir="$WORKDIR" --config.data.data_dir="$DATA_DIR" "$@")"
 }
 
 command=${1:-} && shift $(($# > 0))

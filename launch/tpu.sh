@@ -15,35 +15,20 @@ TYPE=${TYPE:-v5litepod-16} RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite} PRECISION=${P
 REPO=${REPO:-} REF=${REF:-main} SHARE=${SHARE:-} MOUNT=${MOUNT:-/mnt/share}
 CONFIG=${CONFIG:-configs/vitb16_4bit.py} WORKDIR=${WORKDIR:-} DATA_DIR=${DATA_DIR:-}
 source "$(dirname "$0")/common.sh"
+source "$(dirname "$0")/tpu_state.sh"
 
-tpus() { run gcloud compute tpus "$1" "$2" "${@:3}" --project="$PROJECT" --zone="$ZONE"; }
-node() { tpus tpu-vm describe "$NAME" '--format=value(state)'; }
-request() { tpus queued-resources describe "$NAME" '--format=value(state.state)'; }
 on() { tpus tpu-vm ssh "$NAME" --worker="$1" --command="$(quote "${@:2}")"; }
 create() { tpus tpu-vm create "$NAME" --accelerator-type="$TYPE" --version="$RUNTIME" \
   ${spot:+"$spot"}; }
 queue() { tpus queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" \
   --runtime-version="$RUNTIME" ${spot:+"$spot"}; }
-delete() {
-  if [[ $dry || $(request 2>/dev/null) ]]; then tpus queued-resources delete "$NAME" --force --quiet
-  else tpus tpu-vm delete "$NAME" --quiet; fi
-}
 setup() {
-  until [[ $dry || $(node 2>/dev/null) == READY ]]; do
-    states=$(request 2>/dev/null || true; node 2>/dev/null || true)
-    [[ $states != *@(FAILED|SUSPEND|PREEMPTED)* ]] || die "$NAME is gone: resume" 1
-    echo "waiting for $NAME" && sleep 60
-  done
+  [[ $dry ]] || await
   tpus tpu-vm scp "$(dirname "$0")/tpu_host.sh" "$NAME:" --worker=all
   on all bash tpu_host.sh setup "$REPO" "$REF" "$SHARE" "$MOUNT"
 }
 train() { on all bash tpu_host.sh run "$PRECISION" --config="$CONFIG" --workdir="$WORKDIR" \
   --config.data.data_dir="$DATA_DIR" "$@"; }
-renew() {
-  if [[ ! $dry && $(node 2>/dev/null) == READY ]]; then return; fi
-  if [[ $dry || $(request 2>/dev/null) || $(node 2>/dev/null) ]]; then delete; fi
-  queue
-}
 
 command=${1:-} && shift $(($# > 0))
 [[ $# == 0 || $command == run || $command == resume ]] || die "$command takes no flags: $1"

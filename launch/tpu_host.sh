@@ -15,6 +15,7 @@ runs() { [[ -f $PID ]] && grep -qs saq_jax.main "/proc/$(<"$PID")/cmdline"; }
 
 setup() {
   local repo=$1 ref=$2 share=$3 mount=$4
+  ! runs || die 'a run is there, and keeps what it has: stop it first' 1
   cd
   sudo apt-get -qq update
   sudo DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=600 \

@@ -1,5 +1,6 @@
 """Whole training steps under a layout of eight virtual devices, and what is sent between them."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -14,19 +15,26 @@ from saq_jax.training.build import build_optimizer, build_slot
 from saq_jax.training.config import ModelConfig, QuantConfig, SAQConfig, StageConfig
 from saq_jax.training.network import build_network
 from saq_jax.training.passes import Groups
-from saq_jax.training.sharding import AXES, Layout, make_mesh, over_batch, replicated
+from saq_jax.training.sharding import AXES, Layout, over_batch, replicated
 from saq_jax.training.state import new_state
 from saq_jax.training.step import StepConfig, train_step
 
 PRERESNET = ModelConfig(name='preresnet', depth=20, width=16), QuantConfig(), (8, 8, 3)
-VIT_TI = (
-  ModelConfig(
-    name='vit', size='Ti', depth=2, patch=16
-  ),  # two of its twelve blocks, which are alike
+WHOLE_VIT_TI = (
+  ModelConfig(name='vit', size='Ti', patch=16),
   QuantConfig(weights='lsq', acts='lsq', first_act_bits=8),
   (32, 32, 3),
 )
+# Two of its twelve blocks, which are alike: XLA's time grows with the square of their number.
+VIT_TI = dataclasses.replace(WHOLE_VIT_TI[0], depth=2), *WHOLE_VIT_TI[1:]
 CLASSES, BATCH = 10, 16
+# Compiled in a third of the time. The collectives are the same; the kernels are slower.
+QUICKLY = {
+  'xla_backend_optimization_level': 0,
+  'xla_llvm_disable_expensive_passes': True,
+  'xla_cpu_use_fusion_emitters': False,
+  'xla_cpu_parallel_codegen_split_count': 1,
+}
 
 
 def one_device():
@@ -39,12 +47,15 @@ def network_of(which):
   return build_network(model, quant, CLASSES)
 
 
+def beginning(which, tx):
+  """The state at step 0."""
+  return new_state(network_of(which), tx, 0, jnp.zeros((1, *which[2])))
+
+
 @functools.cache
 def first_weights(which):
   """The same weights for every layout, as numpy arrays."""
-  net, (_, _, shape) = network_of(which), which
-  # The state of full precision has none of the optimizer's parts.
-  state = jax.jit(lambda: new_state(net, optax.identity(), 0, jnp.zeros((1, *shape))))()
+  state = jax.jit(lambda: beginning(which, optax.identity())).lower().compile(QUICKLY)()
   return jax.device_get((state.params, state.batch_stats))
 
 
@@ -69,10 +80,14 @@ def _stepped(which, case, mesh, per_device=False, group_size=None, **how):
   slot = build_slot(net, SAQConfig(case=case, rho=0.1) if case else None, 1.0)
   optimizer, lr = build_optimizer(StageConfig(lr=0.05), 1.0)
   tx = optax.chain(slot, optimizer)
-  params, stats = first_weights(which)
-  state = new_state(net, tx, 0, jnp.zeros((1, *which[2])))
-  params, stats = jax.tree.map(lambda x: np.asarray(x, np.float64), (params, stats))
-  state = state.replace(params=params, batch_stats=stats, opt_state=tx.init(params))
+  params, stats = jax.tree.map(lambda x: np.asarray(x, np.float64), first_weights(which))
+  state = jax.eval_shape(functools.partial(beginning, which, tx)).replace(
+    step=jnp.zeros((), jnp.int32),
+    seed=jnp.zeros((), jnp.uint32),
+    params=params,
+    batch_stats=stats,
+    opt_state=tx.init(params),
+  )
   placed = layout.shardings(state)
   step = jax.jit(
     functools.partial(
@@ -82,14 +97,14 @@ def _stepped(which, case, mesh, per_device=False, group_size=None, **how):
       lr=lr,
       config=StepConfig((0.5,), (0.25,), shards=mesh.size, **how),
       groups=Groups(slot, optimizer, mesh, group_size) if per_device else None,
-      layout=layout if layout.cuts else None,
+      layout=layout,
     ),
     in_shardings=(placed, over_batch(mesh)),
     out_shardings=(placed, replicated(mesh)),
   )
   state = jax.device_put(state, placed)
   batch = jax.device_put(batch_of(which), over_batch(mesh))
-  compiled = step.lower(state, batch).compile()
+  compiled = step.lower(state, batch).compile(QUICKLY)
   new, metrics = compiled(state, batch)
   return jax.device_get(new.params), jax.device_get(metrics), compiled.as_text()
 
@@ -114,7 +129,3 @@ def count(text, kind):
 
 def sent_bytes(pairs):
   return sum(int(_BITS.search(dtype)[1]) // 8 * elements for dtype, elements in pairs)
-
-
-def mesh_of(fsdp):
-  return make_mesh(fsdp)

@@ -1,6 +1,7 @@
 """A step under any layout of devices is that of one device; what crosses the wire is counted."""
 
 import functools
+import os
 
 import jax
 import numpy as np
@@ -8,9 +9,9 @@ import pytest
 from layouts import (
   PRERESNET,
   VIT_TI,
+  WHOLE_VIT_TI,
   count,
   first_weights,
-  mesh_of,
   network_of,
   one_device,
   sent,
@@ -21,14 +22,19 @@ from layouts import (
 from saq_jax import LIQ, LSQ, PACT, DoReFa, QuantRule, weight_quantizer
 from saq_jax._paths import named_leaves
 from saq_jax.training.gather import gather_weights
-from saq_jax.training.sharding import Layout
+from saq_jax.training.sharding import Layout, make_mesh
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')
+CASES = {'qat': 0, 'case 1': 1, 'case 2': 2, 'case 3': 3}
+NETWORKS = {'PreResNet-20': PRERESNET, 'ViT-Ti': VIT_TI}
+FSDP = {'data': 1, 'fsdp': 8, 'data x fsdp': 4}  # of eight devices
+# One run with all blocks in every case and layout takes a quarter of an hour.
+ALL_BLOCKS = 'SAQ_TEST_ALL_BLOCKS' in os.environ
 
 
 @functools.cache
-def alone(which, case):
-  return stepped(which, case, one_device())
+def step_of(which, case, fsdp, **how):
+  """A step, compiled and taken once; fsdp=0 is one device."""
+  return stepped(which, case, make_mesh(fsdp) if fsdp else one_device(), **how)
 
 
 def assert_same_step(ours, theirs):
@@ -39,34 +45,30 @@ def assert_same_step(ours, theirs):
     np.testing.assert_allclose(mine[path], x, rtol=1e-6, atol=1e-9, err_msg=path)
 
 
-@pytest.mark.parametrize('case', [0, 1, 2, 3], ids=['qat', 'case 1', 'case 2', 'case 3'])
-def test_cut_over_data_and_fsdp_a_step_is_that_of_one_device(case):
-  found = stepped(PRERESNET, case, mesh_of(2))
-  assert_same_step(found, alone(PRERESNET, case))
-  assert count(found[2], 'all-gather') > 0
-
-
-@pytest.mark.parametrize('fsdp', [1, 8], ids=['data', 'fsdp'])
-def test_so_it_is_over_either_alone(fsdp):
-  found = stepped(PRERESNET, 3, mesh_of(fsdp))
-  assert_same_step(found, alone(PRERESNET, 3))
+@pytest.mark.parametrize('fsdp', FSDP.values(), ids=FSDP)
+@pytest.mark.parametrize('case', CASES.values(), ids=CASES)
+@pytest.mark.parametrize('which', NETWORKS.values(), ids=NETWORKS)
+def test_a_step_is_that_of_one_device(which, case, fsdp):
+  found = step_of(which, case, fsdp)
+  assert_same_step(found, step_of(which, case, 0))
   assert (count(found[2], 'all-gather') > 0) == (fsdp > 1)
 
 
-@functools.cache
-def vit(codes):
-  return stepped(VIT_TI, 3, mesh_of(4), gather_codes=codes)
+@pytest.mark.parametrize('fsdp', FSDP.values() if ALL_BLOCKS else [4])
+@pytest.mark.parametrize('case', CASES.values() if ALL_BLOCKS else [0])
+def test_so_it_is_with_all_blocks(case, fsdp):
+  assert_same_step(step_of(WHOLE_VIT_TI, case, fsdp), step_of(WHOLE_VIT_TI, case, 0))
 
 
-@pytest.mark.parametrize('codes', [False, True], ids=['floats', 'codes'])
-def test_a_transformer_too(codes):
-  assert_same_step(vit(codes), alone(VIT_TI, 3))
+def test_with_weights_sent_as_codes_too():
+  assert_same_step(step_of(VIT_TI, 3, 4, gather_codes=True), step_of(VIT_TI, 3, 0))
 
 
 def test_weights_of_the_first_pass_cross_the_wire_as_codes():
   kernels = network_of(VIT_TI).quantize.assign(first_weights(VIT_TI)[0]['model'])
   sizes = {p: x.size for p, x in named_leaves(first_weights(VIT_TI)[0]['model']).items()}
-  floats, codes = (sent(vit(c)[2], 'all-gather') for c in (False, True))
+  floats = sent(step_of(VIT_TI, 3, 4)[2], 'all-gather')
+  codes = sent(step_of(VIT_TI, 3, 4, gather_codes=True)[2], 'all-gather')
   small = [pair for pair in codes if pair[0] in ('s8', 'u8')]
   assert not [pair for pair in floats if pair[0] in ('s8', 'u8')]
   # Two codes of 4 bits a byte; 8 bits in the first and the last layer, where they are cut at all.
@@ -92,7 +94,7 @@ def test_gathered_weights_are_the_quantized_ones(make, bits, shape):
   quantize = weight_quantizer([QuantRule('kernel', make(bits=bits))])
   rng = np.random.default_rng(bits)
   params = quantize.init({'kernel': rng.normal(size=shape).astype(np.float32), 'bias': np.ones(3)})
-  layout = Layout(mesh_of(8), min_shard=1)
+  layout = Layout(make_mesh(8), min_shard=1)
   placed = jax.device_put(params, layout.shardings(params))
   gather = jax.jit(functools.partial(gather_weights, quantize, layout=layout, codes=True))
   compiled = gather.lower(placed).compile()
@@ -120,9 +122,9 @@ def test_gathered_weights_are_the_quantized_ones(make, bits, shape):
 
 def test_perturbing_by_device_sends_no_more_than_plain_training():
   plain, global_, own = (
-    stepped(PRERESNET, 0, mesh_of(1))[2],
-    stepped(PRERESNET, 3, mesh_of(1))[2],
-    stepped(PRERESNET, 3, mesh_of(1), per_device=True)[2],
+    step_of(PRERESNET, 0, 1)[2],
+    step_of(PRERESNET, 3, 1)[2],
+    step_of(PRERESNET, 3, 1, per_device=True)[2],
   )
   reduced = {
     name: sent_bytes(sent(text, 'all-reduce'))
