@@ -3,17 +3,26 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import sys
+import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
 from saq_jax._version import __version__
 from saq_jax.training.bounds import ConfigError
-from saq_jax.training.cluster import all_agree, find_cluster, join
+from saq_jax.training.cluster import (
+  all_agree,
+  differing,
+  find_cluster,
+  join,
+  tells_of_a_peer,
+)
 from saq_jax.training.config import ExperimentConfig
 from saq_jax.training.flags import UsageError, read_flags, take_profile
 from saq_jax.training.parsing import to_json
@@ -44,6 +53,8 @@ usage: python -m saq_jax.main [--config FILE] [--workdir DIR] [--config.KEY=VALU
 Exit codes: 0 done, or stopped by a signal and saved; 1 diverged, damaged data, a failing disk or a
 worker that died; 2 wrong input.
 """
+# Seconds for the others to tell of what they fail of too: they end with process 0, where they meet.
+_MOMENT = 2.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,37 +72,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
   # What a worker that was ended leaves in shared memory is removed, with words that help nobody.
   os.environ.setdefault('PYTHONWARNINGS', 'ignore::UserWarning:multiprocessing.resource_tracker')
+  logging.basicConfig(format='%(name)s: %(message)s')
   try:
     cluster = find_cluster(arguments)
     profile = take_profile(arguments)
     config, name, workdir = read_flags(arguments)
-    if cluster is not None:
-      join(cluster)
-    first = cluster is None or jax.process_index() == 0
-    return _run(config, name, workdir, profile, first=first)
-  except (UsageError, ConfigError, WorkdirError) as error:
+  except (UsageError, ConfigError) as error:
     return _fail(error, 2)
+  path = workdir or _default_workdir(name, to_json(config))
+  if cluster is None:
+    return _run(config, name, path, profile)
+  try:
+    join(cluster)
+  except UsageError as error:
+    _leave(_fail(error, 2))
+  try:
+    code = _run_together(config, name, path, profile)
+  except BaseException:  # Ctrl-C too
+    traceback.print_exc()
+    code = 1
+  return code if code == 0 else _leave(code, _MOMENT)
 
 
-def _run(
-  config: ExperimentConfig, name: str, workdir: str | None, profile: Profile | None, *, first: bool
-) -> int:
+def _run_together(config: ExperimentConfig, name: str, path: str, profile: Profile | None) -> int:
+  """Runs as one of several processes, once it is certain that they mean the same run."""
+  command = json.dumps([to_json(config), path, str(profile)], sort_keys=True)
+  unlike = differing({'command': command, 'saq_jax': __version__, 'jax': jax.__version__})
+  if not unlike:
+    return _run(config, name, path, profile)
+  return _fail(
+    f'the processes differ in {", ".join(unlike)}: give all of them the same arguments, config '
+    f'file and packages. This is process {jax.process_index()}, with saq_jax {__version__} and '
+    f'jax {jax.__version__}.',
+    2,
+  )
+
+
+def _run(config: ExperimentConfig, name: str, path: str, profile: Profile | None) -> int:
   """Takes the work directory, trains and reports; the first process speaks for all."""
-  settings = to_json(config)
-  path = workdir or _default_workdir(name, settings)
-  with contextlib.ExitStack() as stack:
-    claimed: WorkdirError | None = None
-    if first:
-      try:
-        stack.enter_context(claim(path, settings, __version__))
-      except WorkdirError as error:
-        claimed = error
-    else:
-      stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, 'w'))))
-    if not all_agree(claimed is None):
-      raise claimed or WorkdirError(f'{path}: process 0 cannot use it.')
-    print(f'saq_jax {__version__}: {name}, in {path}', flush=True)
-    return _train(config, name, Path(path), profile)
+  try:
+    with contextlib.ExitStack() as stack:
+      claimed: WorkdirError | None = None
+      if jax.process_index() == 0:
+        try:
+          stack.enter_context(claim(path, to_json(config), __version__))
+        except WorkdirError as error:
+          claimed = error
+      else:
+        quiet = stack.enter_context(open(os.devnull, 'w'))
+        stack.enter_context(contextlib.redirect_stdout(quiet))
+      if not all_agree(claimed is None):
+        raise claimed or WorkdirError(f'{path}: process 0 cannot use it.')
+      print(f'saq_jax {__version__}: {name}, in {path}', flush=True)
+      return _train(config, name, Path(path), profile)
+  except (ConfigError, WorkdirError) as error:
+    return _fail(error, 2)
 
 
 def _train(config: ExperimentConfig, name: str, directory: Path, profile: Profile | None) -> int:
@@ -111,24 +146,32 @@ def _train(config: ExperimentConfig, name: str, directory: Path, profile: Profil
   except (DivergedError, RecordError, OSError) as error:
     return _fail(error, 1)
   except LoaderError as error:
-    return _leave(error)
+    return _leave(_fail(error, 1))  # threads that wait for a disk would keep it from its end
   except jax.errors.JaxRuntimeError as error:
     if jax.process_count() == 1:
       raise
-    words = str(error).strip().splitlines()[0][:200]
-    return _leave(
-      f'another process of the run is gone ({words}): the same command, on all hosts, goes on from '
-      'the last checkpoint.'
-    )
+    return _fail(_one_line(error), 1)
   return 0
 
 
-def _leave(error: BaseException | str) -> int:
-  """Ends the process at once: threads that wait for a disk or a peer would keep it from its end."""
-  _fail(error, 1)
+def _one_line(error: jax.errors.JaxRuntimeError) -> str:
+  """What the runtime says, and whether it is of another process or of this one."""
+  words = str(error).strip().splitlines()[0][:400]
+  again = 'the same command, on all hosts, goes on from the last checkpoint.'
+  if tells_of_a_peer(error):
+    return f'another process of the run is gone ({words}): {again}'
+  return f'process {jax.process_index()} cannot go on: {words}'
+
+
+def _leave(code: int, moment: float = 0.0) -> NoReturn:
+  """Ends the process at once; in the usual way, one that fails alone waits for the others' end."""
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(1)
+  try:
+    if moment and jax.process_index() == 0:
+      time.sleep(moment)
+  finally:
+    os._exit(code)
 
 
 def _default_workdir(name: str, settings: dict[str, Any]) -> str:

@@ -8,6 +8,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from saq_jax.data.folder import prepare_folder
+
 _CIFAR10 = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship']
 _CIFAR10 += ['truck']
 FORMATS = {'.jpg': 'JPEG', '.JPEG': 'JPEG', '.png': 'PNG', '.bmp': 'BMP', '.gif': 'GIF'}
@@ -66,6 +68,17 @@ def photo_folder(folder):
     for label, name in enumerate(('ant', 'bee')):
       fill(folder / split / name, count, label, tuple(FORMATS))
   return folder
+
+
+def prepared(photos, data_dir, **options):
+  """The builder of a prepared folder, and what was told."""
+  notes = []
+  return prepare_folder(f'folder:{photos}', data_dir, note=notes.append, **options), notes
+
+
+def names(builder, split):
+  """The files of a split, in the order in which they are stored."""
+  return [record['file_name'].decode() for record in builder.as_data_source(split)]
 
 
 def small_pixels(split, i):

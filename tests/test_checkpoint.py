@@ -1,23 +1,17 @@
-"""Checkpoints: exact round trips, misfits, kills in mid-save, damaged files, foreign paths."""
+"""Checkpoints: exact round trips, misfits, newer formats, and foreign paths."""
 
 import functools
-import gc
 import logging
 import os
-import random
-import shutil
 import subprocess
 import sys
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import orbax.checkpoint as ocp
 import pytest
 from absl import logging as absl_logging
-from flax import struct
+from checkpoint_states import KERNEL, State, assert_same_bits, make_state, save_steps
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from saq_jax.training import checkpoint_format
@@ -25,44 +19,6 @@ from saq_jax.training.checkpoint import Checkpoints, find_checkpoint, restore, r
 
 # Orbax leaves reads behind that complain when they are collected, once a checkpoint is damaged.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
-
-KERNEL = 'layer1_0/conv1/kernel'
-
-
-@struct.dataclass
-class State:
-  step: jax.Array
-  params: Any
-  batch_stats: Any
-  opt_state: Any
-
-
-def make_state(step=0, width=6, stats=True):
-  """A state of the trainer's shape, with every awkward value and key a real one may have."""
-  values = jax.random.normal(jax.random.key(step), (8, width))
-  odd = np.array([0.0, -0.0, np.inf, np.nan, 1e-45, step, 1, 2], np.float32)
-  params = {
-    'model': {'layer1_0': {'conv1': {'kernel': values}}, 'head': {'kernel': jnp.asarray(odd)}},
-    'scales': {KERNEL: jnp.float32(0.5 + step), 'layer1_0': jnp.full(3, 7.0 + step)},
-  }
-  trained = {'model': {'layer1_0': True, 'head': False}, 'scales': True}
-  tx = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(optax.adamw(1e-3), trained))
-  stats = {'bn': {'mean': values[0].astype(jnp.bfloat16), 'seen': jnp.array([True, False])}}
-  return State(jnp.int32(step), params, stats if stats else {}, tx.init(params))
-
-
-def assert_same_bits(a, b):
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
-    assert (x.shape, x.dtype) == (y.shape, y.dtype)
-    assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
-
-
-def save_steps(directory, *steps, keep=3):
-  with Checkpoints(directory, keep=keep) as checkpoints:
-    for step in steps:
-      checkpoints.save(step, make_state(step))
-  return directory
 
 
 def test_a_state_comes_back_bit_for_bit(tmp_path):
@@ -250,6 +206,20 @@ def test_a_newer_format_is_refused(tmp_path, monkeypatch):
       attempt()
 
 
+def test_a_newer_format_is_kept_whatever_its_parts_are_called(tmp_path, monkeypatch):
+  """It is no damage: nothing of it is known, and nothing of it is removed."""
+  save_steps(tmp_path, 1)
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint_format, 'FORMAT', 2)
+    save_steps(tmp_path, 2)
+  (tmp_path / '2' / 'state').rename(tmp_path / '2' / 'everything')
+  with Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(ValueError, match=r'format 2, this version reads up to 1.*newer') as caught:
+      checkpoints.restore_latest(make_state())
+    assert not isinstance(caught.value, checkpoint_format.DamagedCheckpointError)
+    assert checkpoints.steps == [1, 2]
+
+
 # ---- Paths of other runs
 
 
@@ -286,181 +256,6 @@ def test_a_foreign_directory_of_numbers_is_no_checkpoint(tmp_path):
     restore(tmp_path, make_state())
 
 
-# ---- Damage
-
-
-def files_of(step_dir):
-  return sorted(path for path in step_dir.rglob('*') if path.is_file())
-
-
-def flip(path):
-  data = bytearray(path.read_bytes())
-  if data:
-    data[len(data) // 2] ^= 0x55
-  path.write_bytes(bytes(data))
-
-
-DAMAGES = {
-  'delete': lambda path: path.unlink(),
-  'truncate': lambda path: os.truncate(path, path.stat().st_size // 2),
-  'flip': flip,
-  'garbage': lambda path: path.write_bytes(random.Random(0).randbytes(path.stat().st_size)),
-}
-
-
-@pytest.mark.usefixtures('_collected')
-@pytest.mark.parametrize('damage', DAMAGES)
-def test_damage_to_any_file_is_harmless_or_falls_back(tmp_path, damage, caplog):
-  """Every file of the newest checkpoint in turn: never a wrong state, and never an error."""
-  source = save_steps(tmp_path / 'source', 1, 2)
-  fell_back = 0
-  for path in files_of(source / '2'):
-    run = tmp_path / 'run'
-    shutil.rmtree(run, ignore_errors=True)
-    shutil.copytree(source, run)
-    DAMAGES[damage](run / path.relative_to(source))
-    caplog.clear()
-    with Checkpoints(run) as checkpoints:
-      step, restored = checkpoints.restore_latest(make_state())
-      assert_same_bits(restored, make_state(step))
-      if step == 1:
-        fell_back += 1
-        assert f'{run}/2 is damaged' in caplog.text
-        assert checkpoints.latest_step == 1
-  assert fell_back >= 3
-
-
-@pytest.fixture
-def _collected():
-  yield
-  gc.collect()
-
-
-def spoil(step_dir):
-  for path in step_dir.glob('state/**/d/*'):
-    flip(path)
-
-
-def test_a_single_wrong_bit_among_the_values_is_found(tmp_path):
-  """Orbax reads it without a word: the sums of bits find it."""
-  state = {'big': jax.random.normal(jax.random.key(0), (200, 200))}
-  with Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(1, state)
-  flip(max(files_of(tmp_path / '1'), key=lambda path: path.stat().st_size))
-  for attempt in (lambda: restore(tmp_path, state), lambda: restore_subtrees(tmp_path, 'big')):
-    with pytest.raises(ValueError, match='is damaged: big is not what was written'):
-      attempt()
-
-
-@pytest.mark.usefixtures('_collected')
-def test_the_run_goes_on_over_a_damaged_checkpoint(tmp_path):
-  save_steps(tmp_path, 1, 2)
-  spoil(tmp_path / '2')
-  with Checkpoints(tmp_path) as checkpoints:
-    assert checkpoints.restore_latest(make_state())[0] == 1
-    assert (tmp_path / '2').is_dir()  # kept until the run writes again
-    checkpoints.save(2, make_state(2))
-    step, restored = checkpoints.restore_latest(make_state())
-  assert step == 2
-  assert_same_bits(restored, make_state(2))
-
-
-@pytest.mark.usefixtures('_collected')
-def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path):
-  save_steps(tmp_path, 1, 2)
-  for step in '12':
-    spoil(tmp_path / step)
-  with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match='remove that direct'):
-    checkpoints.restore_latest(make_state())
-  for attempt in (
-    lambda: restore(tmp_path, make_state()),
-    lambda: restore_subtrees(tmp_path, 'params', 'opt_state'),
-  ):
-    with pytest.raises(ValueError, match=rf'{tmp_path}/2 is damaged'):
-      attempt()
-
-
-SAVING = """
-import sys
-import jax.numpy as jnp
-from saq_jax.training.checkpoint import Checkpoints
-checkpoints = Checkpoints(sys.argv[1], keep=2)
-found = checkpoints.restore_latest({str(i): jnp.zeros((300, 300)) for i in range(20)})
-step = found[0] if found else 0
-while True:
-  step += 1
-  checkpoints.save(step, {str(i): jnp.full((300, 300), float(step)) for i in range(20)})
-  print(step, flush=True)
-"""
-
-
-def test_killed_in_mid_save_and_resumed(tmp_path):
-  """Four kills at random moments of a loop that does nothing but save."""
-  begun, moments = 0, random.Random(1)
-  example = {str(i): jnp.zeros((300, 300)) for i in range(20)}
-  half_written = 0
-  for _ in range(4):
-    child = subprocess.Popen([sys.executable, '-c', SAVING, str(tmp_path)], stdout=subprocess.PIPE)
-    for _ in range(3):
-      begun = int(next(child.stdout))
-    with pytest.raises(subprocess.TimeoutExpired):
-      child.wait(timeout=moments.uniform(0, 0.05))
-    child.kill()
-    child.wait()
-    half_written += any('tmp' in path.name for path in tmp_path.iterdir())
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
-      step, restored = checkpoints.restore_latest(example)
-      assert step >= begun - 1  # a save waits for the one before it
-      assert all((leaf == step).all() for leaf in jax.tree.leaves(restored))
-      assert all(path.name.isdigit() for path in tmp_path.iterdir())
-  assert half_written
-
-
-# ---- Several processes, and logs
-
-
-PROCESS = """
-import sys
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from saq_jax.training.checkpoint import Checkpoints, restore_subtrees
-jax.distributed.initialize('127.0.0.1:' + sys.argv[2], 2, int(sys.argv[3]))
-mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))
-rows = NamedSharding(mesh, PartitionSpec('data'))
-whole = NamedSharding(mesh, PartitionSpec())
-values = np.arange(24, dtype=np.float32).reshape(8, 3)
-make = lambda sharding: jax.make_array_from_callback((8, 3), sharding, lambda at: values[at])
-with Checkpoints(sys.argv[1]) as checkpoints:
-  checkpoints.save(1, {'a': make(rows), 'b': {'c/d': make(whole)}})
-  example = {'a': make(whole), 'b': {'c/d': make(rows)}}
-  step, state = checkpoints.restore_latest(example)
-  for leaf in jax.tree.leaves(state):
-    for shard in leaf.addressable_shards:
-      assert (np.asarray(shard.data) == values[shard.index]).all()
-part, = restore_subtrees(sys.argv[1], 'b')
-assert (part['c/d'] == values).all()
-print('done', step)
-"""
-
-
-def test_two_processes_save_and_restore_one_state(tmp_path):
-  port = str(random.randrange(20000, 40000))
-  env = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
-  children = [
-    subprocess.Popen(
-      [sys.executable, '-c', PROCESS, str(tmp_path), port, str(index)],
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-      env=env,
-    )
-    for index in range(2)
-  ]
-  for child in children:
-    out, err = child.communicate(timeout=120)
-    assert out.endswith('done 1\n'), err
-
-
 def test_orbax_keeps_quiet(tmp_path, caplog):
   before = absl_logging.get_verbosity()
   absl_logging.set_verbosity(absl_logging.INFO)
@@ -476,19 +271,3 @@ def test_orbax_keeps_quiet(tmp_path, caplog):
   finally:
     logger.removeHandler(caplog.handler)
     absl_logging.set_verbosity(before)
-
-
-@pytest.mark.parametrize('error', [OSError(5, 'Input/output error'), MemoryError()])
-def test_an_error_that_may_pass_is_not_taken_for_damage(tmp_path, monkeypatch, error):
-  save_steps(tmp_path, 1, 2)
-
-  def fail(*args, **kwargs):
-    raise error
-
-  with monkeypatch.context() as broken, Checkpoints(tmp_path) as checkpoints:
-    broken.setattr(ocp.Checkpointer, 'restore', fail)
-    with pytest.raises(type(error)):
-      checkpoints.restore_latest(make_state())
-  with Checkpoints(tmp_path) as checkpoints:
-    assert checkpoints.steps == [1, 2]
-    assert checkpoints.restore_latest(make_state())[0] == 2

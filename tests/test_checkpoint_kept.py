@@ -57,6 +57,18 @@ def test_without_scores_there_is_no_best(tmp_path):
     find_best(tmp_path / 'absent')
 
 
+def test_a_damaged_checkpoint_is_passed_over_in_the_search_for_the_best(tmp_path):
+  with Checkpoints(tmp_path, keep=9) as checkpoints:
+    for step, score in ((1, 0.5), (2, 0.9), (3, 0.7)):
+      checkpoints.save(step, state(step), score=score)
+  for step, best in ((2, '3'), (1, '3')):
+    (tmp_path / str(step) / '_CHECKPOINT_METADATA').write_text('{')
+    assert find_best(tmp_path).name == best
+  (tmp_path / '3' / '_CHECKPOINT_METADATA').write_text('{')
+  with pytest.raises(DamagedCheckpointError):
+    find_best(tmp_path)
+
+
 def test_of_equal_checkpoints_the_newest_stay_without_scores():
   retention = Retention(3, True, 5, lambda step: None)
   assert retention.staying(range(1, 22)) == {10, 15, 20, 21}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from local_datasets import fill, photo_folder
+from local_datasets import fill, names, photo_folder, prepared
 
 from saq_jax.data import folder as folder_lib
 from saq_jax.data import folder_listing
@@ -25,16 +25,6 @@ def photos(tmp_path):
 @pytest.fixture
 def data_dir(tmp_path):
   return str(tmp_path / 'data')
-
-
-def prepared(photos, data_dir, **options):
-  """The builder and what was told."""
-  notes = []
-  return prepare_folder(f'folder:{photos}', data_dir, note=notes.append, **options), notes
-
-
-def names(builder, split):
-  return [record['file_name'].decode() for record in builder.as_data_source(split)]
 
 
 def refusal(photos, data_dir, **options):

@@ -12,18 +12,16 @@ import optax
 import pytest
 import safetensors.numpy
 import torch_names
-from flax import traverse_util
 
 from saq_jax._paths import named_leaves
 from saq_jax.training.bounds import ConfigError
-from saq_jax.training.build import build_optimizer, build_slot
-from saq_jax.training.checkpoint import Checkpoints
-from saq_jax.training.config import SAQConfig, StageConfig
+from saq_jax.training.build import build_optimizer
+from saq_jax.training.config import StageConfig
 from saq_jax.training.given import given_weights
 from saq_jax.training.network import build_network
-from saq_jax.training.parsing import default_config, parse, to_json
+from saq_jax.training.parsing import default_config, parse
 from saq_jax.training.state import new_state, state_from_weights
-from saq_jax.training.workdir import MARK, PIN, write_json
+from saq_jax.training.workdir import PIN
 
 VIT = {
   'model.name': 'vit',
@@ -193,72 +191,6 @@ def test_an_authors_checkpoint_brings_its_clips(workdir, capsys):
   _, _, scales = given_weights(lsq, 100, (32, 32, 3), workdir('lsq')).weights
   assert scales == {}
   assert 'clips left out' in capsys.readouterr().out
-
-
-# This package's own checkpoints.
-
-
-@pytest.fixture
-def own_run(tmp_path):
-  """A run of PreResNet-8 at 4 bits with five classes, as its work directory."""
-  config = parse(default_config(), {'model.width': '4'})
-  network = build_network(config.model, config.quant, 5)
-  tx = optax.chain(build_slot(network, SAQConfig(), 1), TX)
-  state = new_state(network, tx, 1, jnp.ones((1, 8, 8, 1)))
-  folder = tmp_path / 'run'
-  with Checkpoints(folder / 'saq' / 'checkpoints') as checkpoints:
-    checkpoints.save(3, state)
-  write_json(folder / MARK, {'config': to_json(config)})
-  return folder, state
-
-
-def test_an_own_checkpoint_with_another_head(own_run, workdir, capsys):
-  folder, state = own_run
-  config = settings(folder, **{'model.width': '4'})
-  given = given_weights(config, 9, (8, 8, 1), workdir('new'))
-  assert given.fresh == {'params/fc/kernel', 'params/fc/bias'}
-  said = capsys.readouterr().out
-  assert f'weights from {folder / "saq" / "checkpoints" / "3"}, trained with quantizers' in said
-  assert 'head replaced' in said
-  assert given.quantized
-  model, _, scales = given.weights
-  kept = 'layer1_0/conv1/kernel'
-  assert kept in scales
-  assert 'fc/kernel' not in scales
-  np.testing.assert_array_equal(
-    named_leaves(model)[kept], named_leaves(state.params['model'])[kept]
-  )
-  started = begin(given, config, 9, (8, 8, 1))
-  assert started.params['model']['fc']['kernel'].shape[-1] == 9
-  assert started.params['scales']['fc/kernel'].shape == ()
-
-
-def test_what_a_run_took_from_its_weights_goes_with_its_own(own_run, workdir):
-  folder, _ = own_run
-  write_json(folder / PIN, {'source': 'anywhere', 'model': {'norm_eps': 1e-3}})
-  given = given_weights(settings(folder, **{'model.width': '4'}), 5, (8, 8, 1), workdir('new'))
-  assert given.model.norm_eps == 1e-3
-  other = settings(folder, **{'model.width': '4', 'model.norm_eps': '1e-5'})
-  with pytest.raises(ConfigError, match=r'norm_eps=0\.001, and config\.model\.norm_eps=1e-05'):
-    given_weights(other, 5, (8, 8, 1), workdir('other'))
-
-
-@pytest.mark.parametrize('overrides', [{}, {'quant.bits': '3'}, {'quant.weights': 'lsq'}])
-def test_weights_trained_with_quantizers_are_no_full_precision_network(own_run, workdir, overrides):
-  """Also where their scales do not come along; those of a float stage are one."""
-  folder, _ = own_run
-  settled = settings(folder, **{'model.width': '4'}, **overrides)
-  given = given_weights(settled, 5, (8, 8, 1), workdir('new'))
-  assert given.quantized
-  assert not given.floating
-  (folder / 'saq').rename(folder / 'float')
-  plain = {'params': {}, 'batch_stats': given.weights[1]}
-  model = {p: x for p, x in named_leaves(given.weights[0]).items() if 'quant_scale' not in p}
-  plain['params'] = {'model': traverse_util.unflatten_dict(model, sep='/'), 'scales': {}}
-  shutil.rmtree(folder / 'float')
-  with Checkpoints(folder / 'float' / 'checkpoints') as checkpoints:
-    checkpoints.save(3, plain)
-  assert given_weights(settled, 5, (8, 8, 1), workdir('float_run')).floating
 
 
 def test_weights_in_float64_stay_so_where_jax_has_it(workdir):

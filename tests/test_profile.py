@@ -6,7 +6,8 @@ import signal
 import subprocess
 
 import pytest
-from test_resume import command, wait_for_line
+from runs import wait_for_line
+from test_resume import command
 
 from saq_jax.training.flags import UsageError, take_profile
 from saq_jax.training.metrics import read_metrics
@@ -43,6 +44,34 @@ def test_it_records_once_and_what_fails_is_told(tmp_path, monkeypatch, capsys):
   profile.end()  # the stage is over before step 9
   assert f'no profile in {tmp_path}/profile: No space left on device' in capsys.readouterr().out
   assert not profile.wants(5)
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_the_processes_that_do_not_record_are_answered_alike(tmp_path, monkeypatch, fails):
+  """So that all of them wait at the same steps, or none of them."""
+
+  def start_trace(folder):
+    calls.append(folder)
+    if fails:
+      raise OSError(28, 'No space left on device')
+
+  def answers(index):
+    monkeypatch.setattr('jax.process_index', lambda: index)
+    profile, said = Profile(3, 4), []
+    for step in range(1, 7):
+      said.append(not profile.recording and profile.wants(step))
+      if said[-1]:
+        profile.begin(step, tmp_path)
+      said.append(profile.note(step))
+      if said[-1]:
+        profile.end()
+    return said
+
+  calls = []
+  monkeypatch.setattr('jax.profiler.start_trace', start_trace)
+  monkeypatch.setattr('jax.profiler.stop_trace', lambda: None)
+  assert answers(0) == answers(1)
+  assert len(calls) == 1
 
 
 def names_in(trace):

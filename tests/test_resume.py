@@ -6,9 +6,8 @@ import subprocess
 import sys
 import time
 
-import jax
-import numpy as np
 import pytest
+from runs import assert_same_stage, wait_for_line
 
 from saq_jax.training.checkpoint import find_best, restore_subtrees
 from saq_jax.training.metrics import read_metrics
@@ -20,6 +19,10 @@ SETTINGS = [
   '--config.quant_stage.epochs=6',
   '--config.checkpoint_every_epochs=0.5',
   '--config.log_every_steps=1',
+  # Resumed in the middle of a period, of which a state is carried on.
+  '--config.strategy.name=looksam',
+  '--config.strategy.period=4',
+  '--config.watch.oscillation=True',
 ]
 
 
@@ -41,19 +44,6 @@ def start(workdir, digits_dir, env, words=command):
   )
 
 
-def lines(path):
-  return path.read_text().count('\n') if path.exists() else 0
-
-
-def wait_for_line(process, path, count):
-  """Waits until a file of metrics has so many lines."""
-  deadline = time.monotonic() + 180
-  while lines(path) < count:
-    assert process.poll() is None, f'it ended before line {count}: {process.stdout.read()}'
-    assert time.monotonic() < deadline, 'it takes too long'
-    time.sleep(0.002)
-
-
 @pytest.fixture(scope='module')
 def unbroken(tmp_path_factory, digits_dir, user_env):
   workdir = tmp_path_factory.mktemp('unbroken') / 'run'
@@ -63,14 +53,7 @@ def unbroken(tmp_path_factory, digits_dir, user_env):
 
 def assert_same_run(workdir, unbroken):
   for stage in ('float', 'qat', 'saq'):
-    ours, theirs = (
-      restore_subtrees(w / stage, 'step', 'params', 'batch_stats', 'opt_state')
-      for w in (workdir, unbroken)
-    )
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-      assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-    assert read_metrics(workdir / stage) == read_metrics(unbroken / stage), stage
+    assert_same_stage(workdir / stage, unbroken / stage)
     assert find_best(workdir / stage).name == find_best(unbroken / stage).name
   assert (workdir / 'results.json').read_bytes() == (unbroken / 'results.json').read_bytes()
 

@@ -8,13 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 from local_datasets import prepare
-from test_resume import wait_for_line
+from runs import assert_same_stage, wait_for_line
 
-from saq_jax.training.checkpoint import restore_subtrees
 from saq_jax.training.metrics import read_metrics
 
 SMALL = [
@@ -102,12 +99,7 @@ def test_a_worker_dies_and_other_numbers_of_workers_go_on_to_the_same_bits(
   done = finish(two, data_dir, '--config.data.workers=0', env=user_env)
   assert done.returncode == 0, done.stderr
   for stage in ('float', 'saq'):
-    ours, theirs = (
-      restore_subtrees(w / stage, 'params', 'batch_stats', 'opt_state') for w in (one, two)
-    )
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-      assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-    assert read_metrics(one / stage) == read_metrics(two / stage)
+    assert_same_stage(one / stage, two / stage)
   # How fast it went is told beside them, not in them.
   lines = read_metrics(one / 'float' / 'timing')
   assert len(lines) == 79  # one a step, but for the first

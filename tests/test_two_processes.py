@@ -1,21 +1,18 @@
 """Two processes on loopback share the data: disjoint, each epoch whole, and one global batch."""
 
-import socket
-import subprocess
 import sys
 import textwrap
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from local_datasets import prepare
+from runs import succeed
 
 from saq_jax.data.datasets import load_records
 from saq_jax.data.resize import Resizing
 from saq_jax.data.source import train_source
 
-COUNT, BATCH, STEPS, TRIES = 24, 8, 6, 3
+COUNT, BATCH, STEPS = 24, 8, 6
 
 PROCESS = (
   textwrap.dedent("""
@@ -29,7 +26,6 @@ PROCESS = (
 
   def main(port, index, data_dir, out, workers):
     jax.distributed.initialize(f'127.0.0.1:{port}', 2, index, initialization_timeout=120)
-    open(out + '.joined', 'w').close()
     shares = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
     records = load_records('imagenet2012', 'train', data_dir, Resizing(8, 10))
     mesh = make_mesh()
@@ -64,56 +60,18 @@ PROCESS = (
 )
 
 
-def run_both(folder, env):
-  """Runs both processes; false where they do not meet, as when another program took the port."""
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  outputs = [folder / f'{i}.npz' for i in range(2)]
-  logs = [folder / f'{i}.log' for i in range(2)]
-  marks = [Path(f'{output}.joined') for output in outputs]
-  for mark in marks:
-    mark.unlink(missing_ok=True)
-  processes = []
-  try:
-    for i in range(2):
-      args = [port, i, folder, outputs[i], i]
-      with open(logs[i], 'w', encoding='utf-8') as log:
-        process = subprocess.Popen(
-          [sys.executable, folder / 'process.py', *map(str, args)],
-          env={**env, 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'},
-          stdout=log,
-          stderr=log,
-        )
-      processes.append(process)
-    end = time.monotonic() + 240
-    # One that has failed leaves the other waiting.
-    while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
-      if time.monotonic() > end:
-        break
-      time.sleep(0.1)
-    codes = [process.poll() for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
-      process.wait()
-  if codes != [0, 0] and not all(mark.exists() for mark in marks):
-    return False
-  assert codes == [0, 0], '\n'.join(log.read_text(encoding='utf-8') for log in logs)
-  return True
-
-
 @pytest.fixture(scope='module')
 def shares(tmp_path_factory, user_env):
   """What each process saw, and the records; the second one with a worker process."""
   folder = tmp_path_factory.mktemp('two')
   prepare('imagenet2012', folder, train=COUNT)
   (folder / 'process.py').write_text(PROCESS)
-  for _ in range(TRIES):
-    if run_both(folder, user_env):
-      break
-  else:
-    pytest.fail((folder / '0.log').read_text() + (folder / '1.log').read_text())
+
+  def words(port, index):
+    script = sys.executable, folder / 'process.py'
+    return [*script, port, index, folder, folder / f'{index}.npz', index]
+
+  succeed(2, words, {**user_env, 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'})
   records = load_records('imagenet2012', 'train', str(folder), Resizing(8, 10))
   return [np.load(folder / f'{i}.npz') for i in range(2)], records
 

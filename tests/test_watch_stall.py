@@ -63,6 +63,16 @@ def test_short_waits_and_what_is_compiled_are_silent():
   assert (stream.getvalue(), ended) == ('', [])
 
 
+def test_a_wait_within_another_stands_in_for_it():
+  stalls, stream = watch(0.1, None)
+  with stalls, stalls.waiting(7, 'the checkpoint'):
+    with stalls.waiting(6, 'the step'):
+      hang(0.5)
+    hang(0.5)
+  told = [line.split(': ')[2] for line in stream.getvalue().splitlines() if 'waited' in line]
+  assert [words.split(' does not')[0] for words in told] == ['the step', 'the checkpoint']
+
+
 def test_without_limits_nothing_is_watched():
   stalls, stream = watch(None, None)
   with stalls, stalls.waiting(1, 'the step'):
@@ -97,7 +107,8 @@ def test_time_in_which_the_process_itself_is_stopped_does_not_count():
 HUNG = """
 import sys, time
 from saq_jax.main import main
-from saq_jax.training.bookkeeping import Bookkeeping, jax
+from saq_jax.training.bookkeeping import jax
+from saq_jax.training.compiled import CompiledStep
 
 def hung_device_get(tree, real=jax.device_get):
   global read
@@ -106,18 +117,14 @@ def hung_device_get(tree, real=jax.device_get):
     time.sleep(60)
   return real(tree)
 
-def slow_to_compile(self, *args, real=Bookkeeping.__init__, **more):
-  real(self, *args, **more)
-  compiled, first = self._compiled, [True]
-  def step(*inputs):
-    if first.pop() if first else False:
-      time.sleep(4)
-    return compiled(*inputs)
-  self._compiled = step
+def slow_to_compile(self, state, batch, step, real=CompiledStep.__call__):
+  if self.is_new(step):
+    time.sleep(4)
+  return real(self, state, batch, step)
 
 read = 0
 if sys.argv[1] == 'hang':
-  jax.device_get, Bookkeeping.__init__ = hung_device_get, slow_to_compile
+  jax.device_get, CompiledStep.__call__ = hung_device_get, slow_to_compile
 sys.exit(main(sys.argv[2:]))
 """
 
@@ -138,7 +145,7 @@ def test_a_hung_device_ends_the_run_and_the_same_command_goes_on(tmp_path, digit
   hung = run('hang', '--config.watch.stall_seconds=1', '--config.watch.stall_abort_seconds=2')
   assert hung.returncode == 1, hung.stderr
   told, ended = [line for line in hung.stderr.splitlines() if line.startswith('saq_jax: ')]
-  assert "stage 'float' has waited for 1 s at step 10 of 22: the step does not end" in told
+  assert "stage 'float' has waited for 1 s at step 9 of 22: the step does not end" in told
   assert 'hung_device_get in <string>:' in told
   assert 'the process ends with exit code 1, and the same command goes on' in ended
   assert 'Traceback' not in hung.stderr

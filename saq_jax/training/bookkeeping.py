@@ -13,13 +13,14 @@ from jax import Array
 from saq_jax.training.checkpoint import Checkpoints
 from saq_jax.training.checkpoint_disk import SaveError
 from saq_jax.training.cluster import all_agree
+from saq_jax.training.compiled import CompiledStep
 from saq_jax.training.evaluate import Score
 from saq_jax.training.log import StageLog
 from saq_jax.training.profile import Profile
 from saq_jax.training.progress import Progress
 from saq_jax.training.signals import Stop
 from saq_jax.training.state import TrainState
-from saq_jax.training.step import Metrics, TrainStep
+from saq_jax.training.step import Metrics
 from saq_jax.training.watch_loss import Divergence, LossWatch
 from saq_jax.training.watch_replay import StepsBack, origin
 from saq_jax.training.watch_stall import StallWatch
@@ -84,7 +85,7 @@ class Bookkeeping:
   def __init__(
     self,
     leg: Leg,
-    compiled: TrainStep,
+    compiled: CompiledStep,
     checkpoints: Checkpoints,
     log: StageLog,
     progress: Progress,
@@ -124,11 +125,13 @@ class Bookkeeping:
       self.settle()
       profile.begin(step, self._leg.directory)
     follows = self._pending is not None
-    # The first call compiles.
-    with self._stalls.waiting(step, 'the step', grows=self._new):
-      with jax.profiler.StepTraceAnnotation('train', step_num=step):
-        state, metrics = self._compiled(state, batch)
-      self.settle()
+    # The first call of a program compiles it.
+    with (
+      self._stalls.waiting(step, 'the step', grows=self._compiled.is_new(step)),
+      jax.profiler.StepTraceAnnotation('train', step_num=step),
+    ):
+      state, metrics = self._compiled(state, batch, step)
+    self.settle()
     self._pending = step, metrics
     if follows:  # else none was waited for
       self._seconds.append(time.monotonic() - self._ended)
@@ -161,7 +164,10 @@ class Bookkeeping:
       return
     step, metrics = self._pending
     self._pending = None
-    figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    with self._stalls.waiting(step, 'the step'):
+      figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if not figures.get('second', 1.0):  # there is none to tell of
+      figures.pop('loss_perturbed', None)
     if divergence := self._leg.losses.see(step, figures):
       self._log.write(step, figures)
       self._diverged(divergence)
@@ -202,7 +208,7 @@ class Bookkeeping:
       with self._stalls.waiting(step, 'the checkpoint'):
         self.settle()
         self._save(state, step, score, must=done or stopping)
-        if stopping:
+        if done or stopping:
           self._checkpoints.wait()
     if stopping:
       reason = self._leg.stop.reason or 'a signal to another process'
@@ -217,7 +223,10 @@ class Bookkeeping:
     requested = self._leg.stop.requested
     if jax.process_count() == 1:
       return requested
-    return step % self._stage.log_every == 0 and not all_agree(not requested)
+    if step % self._stage.log_every:
+      return False
+    with self._stalls.waiting(step, 'the agreement of the processes'):
+      return not all_agree(not requested)
 
   def _is_best(self, score: Score | None) -> bool:
     """Whether an evaluation found what is to be kept as the best so far."""
@@ -243,7 +252,7 @@ class Bookkeeping:
   def _diverged(self, divergence: Divergence) -> NoReturn:
     """Goes back to the last good checkpoint where the stage may, else ends the run."""
     before, watch, name = self._leg.losses.steps_back, self._stage.watch, self._stage.name
-    with contextlib.suppress(SaveError):
+    with self._stalls.waiting(divergence.step, 'the checkpoint'), contextlib.suppress(SaveError):
       self._checkpoints.wait()
     seen = f'stage {name!r} diverged at step {divergence.step}: {divergence.words}'
     to = origin(divergence.last_good, self._checkpoints.due, self._stage.checkpoint_every, before)

@@ -9,11 +9,16 @@ from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 from etils import epath
 
 from saq_jax.training import checkpoint_format
-from saq_jax.training.checkpoint_disk import SaveError, bytes_needed, disk_reason, hush, room
+from saq_jax.training.checkpoint_disk import (
+  SaveError,
+  bytes_needed,
+  disk_reason,
+  hush,
+  not_written,
+)
 from saq_jax.training.checkpoint_find import find_best, find_checkpoint, restore, restore_subtrees
 from saq_jax.training.checkpoint_format import Notes
 from saq_jax.training.checkpoint_policy import Retention
@@ -57,7 +62,6 @@ class Checkpoints:
   ) -> None:
     if keep < 1:
       raise ValueError(f'keep={keep}: at least the newest checkpoint must be kept')
-    absl_logging.get_absl_logger().addFilter(_drop_orbax_chatter)
     hush()
     self._directory = epath.Path(directory).resolve()
     self._retention = Retention(keep, keep_best, every, self._score)
@@ -72,11 +76,17 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: object, error: object, trace: object) -> None:
-    if error is not None:
-      self._collect()  # raising would hide the error that ends the run
-      self._tell('')
-      self._lost = None
-    self.close()
+    if error is None:
+      self.close()
+      return
+    with contextlib.suppress(Exception):  # raising would hide the error that ends the run
+      try:
+        self._collect()
+      except SaveError as lost:
+        _warn('%s', lost)
+    self._tell('')
+    with contextlib.suppress(Exception):
+      self._manager.close()
 
   @property
   def latest_step(self) -> int | None:
@@ -173,8 +183,8 @@ class Checkpoints:
   def restore_latest(self, example: State) -> tuple[int, State] | None:
     """Restores the newest checkpoint that can be read, bit for bit.
 
-    A damaged one is passed over with a warning, and removed when the next is saved. With several
-    processes it is an error instead, as each might see another damage and fall back elsewhere.
+    A damaged one is passed over with a warning, and removed when the next is saved. Several
+    processes pass it over together, whichever of them could not read it.
 
     Args:
       example: a tree of the state's structure; each leaf gives a shape, a dtype and a sharding
@@ -186,6 +196,7 @@ class Checkpoints:
     Raises:
       ValueError: if a checkpoint does not fit `example`, is of a newer format, or if there are
         checkpoints but all are damaged.
+      OSError: if the disk fails, which is no damage.
     """
     self._collect()
     self._tell()
@@ -194,7 +205,7 @@ class Checkpoints:
       try:
         restored = checkpoint_format.read_state(self._directory / str(step), example)
       except checkpoint_format.DamagedCheckpointError as error:
-        if jax.process_count() > 1 or step == steps[0]:
+        if step == steps[0]:
           raise type(error)(f'{error}; remove that directory to do without it') from error
         _warn('%s; going back to the one before it', error)
         self._damaged.append(step)
@@ -251,12 +262,13 @@ class Checkpoints:
 
   def _failed(self, error: Exception) -> None:
     """Notes a save that the disk has failed, and opens the directory anew, as after a kill."""
-    reason = disk_reason(error)
-    # Several processes would have to agree on what they found.
-    if reason is None or self._begun is None or jax.process_count() > 1:
+    reason, begun, self._begun = disk_reason(error), self._begun, None
+    if reason is None or begun is None:
       raise error
-    (step, needed), self._begun = self._begun, None
-    left = room(self._directory)
+    step, needed = begun
+    lost = not_written(self._directory / str(step), needed, reason)
+    if jax.process_count() > 1:  # they would have to agree on what they found
+      raise SaveError(f'{lost} Make room; the same command goes on from the one before.') from error
     with contextlib.suppress(Exception):
       self._manager.close()
     for half_written in self._directory.glob(f'{step}.*'):
@@ -265,10 +277,7 @@ class Checkpoints:
     del self._scores[step]
     newest = 'none' if self.latest_step is None else f'step {self.latest_step}'
     self._told = False
-    self._lost = SaveError(
-      f'the checkpoint {self._directory}/{step} was not written: {reason}; it takes up to '
-      f'{needed:,} bytes, {left}. The newest one: {newest}.'
-    )
+    self._lost = SaveError(f'{lost} The newest one: {newest}.')
 
   def _tell(self, then: str = ' The run goes on, and the next checkpoint tries again.') -> None:
     """Warns of a failed save, once, where it is not raised."""
@@ -289,9 +298,3 @@ class Checkpoints:
 def _warn(words: str, *values: object) -> None:
   """A line for the user."""
   logging.getLogger(__name__).warning(words, *values)
-
-
-def _drop_orbax_chatter(record: logging.LogRecord) -> bool:
-  """Lets pass all but Orbax's progress, some twenty lines a save, and the errors that it raises."""
-  told = record.levelno < logging.WARNING or record.exc_info is not None
-  return not (told and '/orbax/' in record.pathname)

@@ -36,8 +36,8 @@ def find_checkpoint(path: PathLike) -> epath.Path:
 def find_best(path: PathLike) -> epath.Path:
   """Finds the checkpoint of the highest score at or below a directory.
 
-  The score of a training run is the accuracy on the evaluation split: what is chosen by it is
-  evaluated honestly on another one only.
+  A damaged one is passed over. The score of a training run is the accuracy on the evaluation split:
+  what is chosen by it is evaluated honestly on another one only.
 
   Args:
     path: a stage's directory, or that of its checkpoints.
@@ -46,10 +46,20 @@ def find_best(path: PathLike) -> epath.Path:
     The directory of the best checkpoint, of the earliest among equal ones.
 
   Raises:
-    ValueError: if there is none, or none has a score.
+    ValueError: if there is none, or none that can be read has a score.
   """
-  scores = [(checkpoint_format.read_notes(found.path).score, found) for found in _all_at(path)]
-  scored = [(score, -found.step, found.path) for score, found in scores if score is not None]
+  scored, readable, damage = [], False, ValueError()
+  for found in _all_at(path):
+    try:
+      score = checkpoint_format.read_notes(found.path).score
+    except checkpoint_format.DamagedCheckpointError as error:
+      damage = error
+      continue
+    readable = True
+    if score is not None:
+      scored.append((score, -found.step, found.path))
+  if not readable:
+    raise damage
   if not scored:
     raise ValueError(f'no checkpoint at {path} has a score: none was saved with an evaluation')
   return max(scored)[2]

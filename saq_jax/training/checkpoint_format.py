@@ -1,9 +1,11 @@
 """The form of one checkpoint on disk: written with a sum of each leaf's bits, checked when read."""
 
+import contextlib
 import dataclasses
 import json
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+
+from saq_jax.training.checkpoint_disk import disk_fails, disk_reason
 
 __all__ = [
   'FORMAT',
@@ -26,6 +30,8 @@ __all__ = [
 FORMAT = 1
 _KIND = 'saq_jax.training'
 _NAMED_LEAVES = 8
+# Read beforehand, for Orbax takes one that the disk does not give for one that is not there.
+_DESCRIPTIONS = '_CHECKPOINT_METADATA', 'state/_METADATA'
 
 _Paths = dict[tuple[str, ...], Any]
 
@@ -76,6 +82,9 @@ def describe(step: int, state: Any, notes: Notes = Notes()) -> dict[str, Any]:
 def read_state(step_dir: epath.Path, example: Any) -> Any:
   """Reads a whole state, placed as an example is.
 
+  Every process of a run calls it, and reads its part without the others: then they agree, so that
+  all have the state or all have an error.
+
   Args:
     step_dir: the directory of one checkpoint.
     example: a tree of arrays or `jax.ShapeDtypeStruct`, of the state's structure.
@@ -84,13 +93,22 @@ def read_state(step_dir: epath.Path, example: Any) -> Any:
     The state, bit for bit as it was saved.
 
   Raises:
-    DamagedCheckpointError: if it cannot be read, or differs from what was written.
+    DamagedCheckpointError: if it cannot be read, here or elsewhere, or differs from what was
+      written.
     ValueError: if it is of a newer format, or does not fit `example`.
+    OSError: if the disk fails, here or elsewhere.
   """
-  stored, about = _open(step_dir)
-  _check_fit(step_dir, _paths(stored), _paths(example))
-  placing = ocp.checkpoint_utils.construct_restore_args(example)
-  return _read(step_dir, ocp.args.PyTreeRestore(item=example, restore_args=placing), about)
+  failure: Exception | None = None
+  try:
+    stored, about = _open(step_dir)
+    _check_fit(step_dir, _paths(stored), _paths(example))
+    placing = ocp.checkpoint_utils.construct_restore_args(example)
+    restored = _read(step_dir, ocp.args.PyTreeRestore(item=example, restore_args=placing))
+  except Exception as error:
+    failure = error
+  _agree(step_dir, failure)
+  _compare(step_dir, _sums(_paths(restored)), about)
+  return restored
 
 
 def read_notes(step_dir: epath.Path) -> Notes:
@@ -111,7 +129,7 @@ def read_notes(step_dir: epath.Path) -> Notes:
 
 
 def read_subtrees(step_dir: epath.Path, names: tuple[str, ...]) -> tuple[Any, ...]:
-  """Reads some top-level fields of a state as trees of numpy arrays.
+  """Reads some top-level fields of a state as trees of numpy arrays, by this process alone.
 
   Args:
     step_dir: the directory of one checkpoint.
@@ -130,49 +148,75 @@ def read_subtrees(step_dir: epath.Path, names: tuple[str, ...]) -> tuple[Any, ..
   wanted = {name: stored[name] for name in names}
   placing = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
   args = ocp.args.PyTreeRestore(item=wanted, restore_args=placing, partial_restore=True)
-  restored = _read(step_dir, args, about)
+  restored = _read(step_dir, args)
+  _compare(step_dir, _sums(_paths(restored), alone=True), about)
   return tuple(restored[name] for name in names)
 
 
 def _open(step_dir: epath.Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
   """The tree of shapes and dtypes a checkpoint holds, and its description, if it can be read."""
-  try:
-    with _reader() as reader:
+  with _reader() as reader:
+    try:
+      for name in _DESCRIPTIONS:
+        with contextlib.suppress(FileNotFoundError):
+          Path(step_dir, name).read_bytes()
       metadata = reader.metadata(step_dir)
-    about = metadata.custom_metadata or {}
-    stored = metadata.item_metadata['state'].tree
-  except Exception as error:
-    raise _judged(step_dir, error) from error
+    except Exception as error:
+      raise _judged(step_dir, error) from error
+  about = metadata.custom_metadata or {}
   version = about.get('format')
   if about.get('kind') != _KIND or not isinstance(version, int):
     raise _damage(step_dir, ValueError('it does not say that saq_jax wrote it'))
-  if version > FORMAT:
+  if version > FORMAT:  # of which nothing more is known
     raise ValueError(
       f'checkpoint {step_dir} has format {version}, this version reads up to {FORMAT}: '
       'use the newer version of saq_jax that wrote it'
     )
   if zlib.crc32(str(about.get('notes', '')).encode()) != about.get('sum_of_notes', 0):
     raise _damage(step_dir, ValueError('its notes are not what was written'))
-  return stored, about
+  state = metadata.item_metadata.get('state') if metadata.item_metadata else None
+  if state is None:
+    raise _damage(step_dir, ValueError('its state is missing'))
+  return state.tree, about
 
 
-def _read(step_dir: epath.Path, args: ocp.args.PyTreeRestore, about: dict[str, Any]) -> Any:
-  """Reads the arrays; whatever stops that, now that the trees fit, is damage."""
-  try:
-    with _reader() as reader:
-      restored = reader.restore(step_dir, args=ocp.args.Composite(state=args))['state']
-  except Exception as error:
-    raise _judged(step_dir, error) from error
-  sums = about.get('sums', {})
-  for name, found in _sums(_paths(restored)).items():
-    if found != sums.get(name):
+def _read(step_dir: epath.Path, args: ocp.args.PyTreeRestore) -> Any:
+  """Reads the arrays; whatever stops that, now that the trees fit, is damage or the disk."""
+  with _reader() as reader:
+    try:
+      return reader.restore(step_dir, args=ocp.args.Composite(state=args))['state']
+    except Exception as error:
+      raise _judged(step_dir, error) from error
+
+
+def _compare(step_dir: epath.Path, found: dict[str, int], about: dict[str, Any]) -> None:
+  """Raises if the sums of what was read are not those of what was written."""
+  for name, value in found.items():
+    if value != about.get('sums', {}).get(name):
       raise _damage(step_dir, ValueError(f'{name} is not what was written'))
-  return restored
+
+
+def _agree(step_dir: epath.Path, failure: Exception | None) -> None:
+  """Raises what stopped this process; and where it stopped another one only, the like of it."""
+  mine = 0 if failure is None else 1 if isinstance(failure, DamagedCheckpointError) else 2
+  worst = mine
+  if jax.process_count() > 1:
+    worst = int(multihost_utils.process_allgather(np.array(mine)).max())
+  if failure is not None and mine == worst:
+    raise failure
+  if worst == 1:
+    raise _damage(step_dir, ValueError('another process cannot read its part of it'))
+  if worst == 2:
+    raise OSError(f'another process did not read checkpoint {step_dir}: it tells why') from failure
 
 
 def _reader() -> ocp.Checkpointer:
-  """A reader of any checkpoint directory, whatever its name."""
-  return ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler()))
+  """A reader of any checkpoint directory, whatever its name, that waits for no other process."""
+  own = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+  state = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+  handler = ocp.CompositeCheckpointHandler(state=state)
+  return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _paths(tree: Any) -> _Paths:
@@ -183,20 +227,25 @@ def _paths(tree: Any) -> _Paths:
   }
 
 
-def _sums(paths: _Paths) -> dict[str, int]:
-  """The sum of each leaf's bits modulo 2^32, the same for every sharding of it."""
-  sums = np.array([_sum_of_bits(leaf) for leaf in paths.values()], np.uint32)
-  if jax.process_count() > 1:
+def _sums(paths: _Paths, *, alone: bool = False) -> dict[str, int]:
+  """The sum of each leaf's bits modulo 2^32, the same for every sharding of it.
+
+  All processes together make it, unless this one, `alone`, has all there is to add up.
+  """
+  alone = alone or jax.process_count() == 1
+  counts = alone or jax.process_index() == 0
+  sums = np.array([_sum_of_bits(leaf, counts) for leaf in paths.values()], np.uint32)
+  if not alone:
     sums = multihost_utils.process_allgather(sums).sum(axis=0, dtype=np.uint32)
   return {'.'.join(parts): int(value) for parts, value in zip(paths, sums)}
 
 
-def _sum_of_bits(leaf: Any) -> np.uint32:
+def _sum_of_bits(leaf: Any, counts: bool) -> np.uint32:
   """This process's part of the sum: each element is counted in one place only."""
   if isinstance(leaf, jax.Array):
     pieces = [shard.data for shard in leaf.addressable_shards if shard.replica_id == 0]
   else:
-    pieces = [leaf] if jax.process_index() == 0 else []
+    pieces = [leaf] if counts else []
   total = np.uint32(0)
   for piece in pieces:
     flat = np.ascontiguousarray(piece).reshape(-1)
@@ -227,12 +276,12 @@ def _check_fit(step_dir: epath.Path, stored: _Paths, expected: _Paths) -> None:
 
 
 def _judged(step_dir: epath.Path, error: Exception) -> Exception:
-  """The error itself, if it may pass (a disk, a memory, a permission); else that of damage."""
-  content = FileNotFoundError, NotADirectoryError, IsADirectoryError
-  passing = isinstance(error, MemoryError | jax.errors.JaxRuntimeError) or (
-    isinstance(error, OSError) and not isinstance(error, content)
-  )
-  return error if passing else _damage(step_dir, error)
+  """What may pass (a disk, a memory, a permission) as such; else the error for damage."""
+  if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
+    return error
+  if disk_fails(error):
+    return OSError(f'checkpoint {step_dir} cannot be read: {disk_reason(error)}')
+  return _damage(step_dir, error)
 
 
 def _damage(step_dir: epath.Path, error: Exception) -> DamagedCheckpointError:

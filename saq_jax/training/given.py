@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import traverse_util
 from jax import Array
@@ -20,11 +21,13 @@ from saq_jax.pretrained.load import Loaded, load_pretrained, model_leaves
 from saq_jax.pretrained.settings import image_statistics, model_settings
 from saq_jax.training.bounds import ConfigError
 from saq_jax.training.checkpoint import find_checkpoint, restore_subtrees
+from saq_jax.training.cluster import all_agree, from_first
 from saq_jax.training.config import ExperimentConfig, ModelConfig, QuantConfig
 from saq_jax.training.network import Network, build_network
-from saq_jax.training.workdir import MARK, PIN, write_json
+from saq_jax.training.workdir import MARK, PIN, usable, write_json
 
 Weights = tuple[PyTree, PyTree, dict[str, Array]]
+Note = dict[str, Any]
 
 _LEVELS_UP = 4
 
@@ -51,16 +54,20 @@ class Given:
     return not (self.fresh or self.quantized)
 
 
+# The weights, what to note of them, and what to say.
+Found = tuple[Given, Note, str]
+
+
 def given_weights(
   config: ExperimentConfig, num_classes: int, image_shape: tuple[int, ...], workdir: Path
 ) -> Given:
   """Reads the weights that a run starts from, and says on the screen which they are.
 
-  They are chosen once and noted in the work directory: of this package's own checkpoints the newest
-  at or below the path, of a repository its commit, of a file a sum of its bits. So a run that is
-  stopped and started again begins its later stages from the same ones. Learnt scales are kept where
-  they were found for the quantization of this run; else they are left out, and found anew from the
-  weights and a batch.
+  They are chosen once, of several processes by the first, and noted in the work directory: of this
+  package's own checkpoints the newest at or below the path, of a repository its commit, of a file a
+  sum of its bits. So a run that is stopped and started again begins its later stages from the same
+  ones, and so does each process. Learnt scales are kept where they were found for the quantization
+  of this run; else they are left out, and found anew from the weights and a batch.
 
   Args:
     config: the experiment, with `init_from`.
@@ -73,24 +80,51 @@ def given_weights(
 
   Raises:
     ConfigError: if there are none, they cannot be read, or they do not fit the model.
+    WorkdirError: if the disk does not take the note.
   """
   assert config.init_from is not None
   pin = workdir / PIN
-  noted = json.loads(pin.read_text(encoding='utf-8')) if pin.exists() else None
+  first = jax.process_index() == 0
+  found: Found | None = None
+  failure: ConfigError | None = None
+  if first:
+    noted = json.loads(pin.read_text(encoding='utf-8')) if pin.exists() else None
+    try:
+      found = _find(noted, config, num_classes, image_shape)
+    except ConfigError as error:
+      failure = error
+  told = from_first(json.dumps(found[1] if found else None))
+  if not first and told != 'null':
+    try:
+      found = _find(json.loads(told), config, num_classes, image_shape)
+    except ConfigError as error:
+      failure = error
+  if not all_agree(found is not None) or found is None:
+    raise failure or ConfigError('config.init_from: another process cannot use it, and tells why.')
+  given, note, message = found
+  print(message, flush=True)
+  if first and noted is None:
+    with usable(workdir):
+      write_json(pin, note)
+  return given
+
+
+def _find(
+  noted: Note | None, config: ExperimentConfig, num_classes: int, image_shape: tuple[int, ...]
+) -> Found:
+  """Reads the weights that a run began from, or those that it begins from."""
+  assert config.init_from is not None
   source = config.init_from if noted is None else noted['source']
   try:
     read = _public if holds_weights(source) else _own
-    given, note, message = read(source, config, num_classes, image_shape)
+    found = read(source, config, num_classes, image_shape)
   except ValueError as error:
     raise ConfigError(f'config.init_from: {error}{_hint(source, noted is not None)}') from error
-  if noted is not None and noted != note:
+  if noted is not None and noted != found[1]:
     raise ConfigError(
       f'config.init_from: {source} has changed since this run began: name another --workdir.'
     )
-  print(message, flush=True)
-  if noted is None:
-    write_json(pin, note)
-  return given
+  return found
 
 
 def _hint(source: str, begun: bool) -> str:
@@ -106,7 +140,7 @@ def _hint(source: str, begun: bool) -> str:
 
 def _public(
   source: str, config: ExperimentConfig, num_classes: int, image_shape: tuple[int, ...]
-) -> tuple[Given, dict[str, Any], str]:
+) -> Found:
   """The weights of a public format, what to note of them, and what to say."""
   file = open_weights(source)
   asked = model_settings(file)
@@ -128,7 +162,7 @@ def _public(
 
 def _own(
   source: str, config: ExperimentConfig, num_classes: int, image_shape: tuple[int, ...]
-) -> tuple[Given, dict[str, Any], str]:
+) -> Found:
   """The weights of a checkpoint of this package, what to note of them, and what to say."""
   path = find_checkpoint(source)
   quantized = Path(path).parent.parent.name != 'float'

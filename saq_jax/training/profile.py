@@ -17,7 +17,8 @@ _STEPS = re.compile(r'([0-9]+):([0-9]+)')
 class Profile:
   """Records some steps of the first stage that takes them, once, and by the first process.
 
-  A run that goes on from a checkpoint between them records the rest of them.
+  A run that goes on from a checkpoint between them records the rest of them. The other processes
+  make the same calls and are answered alike, so that all of them wait at the same steps.
 
   Args:
     first: the first step to record, at least 1.
@@ -36,9 +37,13 @@ class Profile:
     if not 1 <= first <= last:
       raise ValueError('the steps must be 1 or more and in order, as in 10:20')
     self._first, self._last = first, last
-    self._began: tuple[int, Path] | None = None
+    self._began: int | None = None
+    self._folder: Path | None = None  # of the process that records
     self._step = 0
     self._done = False
+
+  def __str__(self) -> str:
+    return f'{self._first}:{self._last}'
 
   @classmethod
   def parse(cls, text: str) -> 'Profile':
@@ -60,7 +65,7 @@ class Profile:
 
   @property
   def recording(self) -> bool:
-    """Whether it has begun and not ended."""
+    """Whether it has begun and not ended, in whichever process."""
     return self._began is not None
 
   def wants(self, step: int) -> bool:
@@ -72,8 +77,7 @@ class Profile:
     Returns:
       True if so, until the recording has ended.
     """
-    mine = not self._done and jax.process_index() == 0
-    return mine and self._first <= step <= self._last
+    return not self._done and self._first <= step <= self._last
 
   def begin(self, step: int, directory: Path) -> None:
     """Begins to record, with nothing under way on the devices.
@@ -82,13 +86,16 @@ class Profile:
       step: about to be taken.
       directory: of the stage; the trace goes into a folder of it.
     """
+    self._began = step
+    if jax.process_index() != 0:
+      return
     folder = directory / FOLDER
     try:
       jax.profiler.start_trace(str(folder))
     except Exception as error:
-      self._give_up(folder, error)
+      _say_none(folder, error)
     else:
-      self._began = step, folder
+      self._folder = folder
 
   def note(self, step: int) -> bool:
     """Notes that a step was begun.
@@ -106,21 +113,23 @@ class Profile:
     """Writes what was recorded, and says where; does nothing where nothing was."""
     if self._began is None:
       return
-    (first, folder), self._began, self._done = self._began, None, True
+    (first, folder), self._began, self._done = (self._began, self._folder), None, True
+    if folder is None:
+      return
     try:
       jax.profiler.stop_trace()
     except Exception as error:
-      self._give_up(folder, error)
+      _say_none(folder, error)
     else:
       _say(
         f'profile of steps {first} to {self._step} in {folder}: tensorboard --logdir {folder}, or '
         'its trace.json.gz in https://ui.perfetto.dev'
       )
 
-  def _give_up(self, folder: Path, error: Exception) -> None:
-    """Does without a trace, which is no reason to end a run."""
-    self._done = True
-    _say(f'no profile in {folder}: {disk_reason(error) or error}')
+
+def _say_none(folder: Path, error: Exception) -> None:
+  """Tells that there is no trace, which is no reason to end a run."""
+  _say(f'no profile in {folder}: {disk_reason(error) or error}')
 
 
 def _say(words: str) -> None:

@@ -43,8 +43,7 @@ def preemption(
   only; entered in another thread, this leaves them alone and nothing requests a stop.
 
   Args:
-    signals: the signals to take. `jax.distributed` has its own handler of SIGTERM, which this one
-      would displace: a run of several processes that relies on it takes SIGINT alone.
+    signals: the signals to take.
 
   Yields:
     The request, not yet made.

@@ -70,7 +70,7 @@ class StallWatch:
 
   @contextlib.contextmanager
   def waiting(self, step: int, what: str, *, grows: bool = False) -> Iterator[None]:
-    """Announces a wait, which lasts as long as the block.
+    """Announces a wait, which lasts as long as the block; one within another stands in for it.
 
     Args:
       step: the step that the loop is at.
@@ -83,14 +83,14 @@ class StallWatch:
     """
     began = time.monotonic()
     allowed = self._slowest.get(what) if grows else 0.0
-    if allowed is not None:
-      with self._lock:
-        self._wait = _Wait(step, what, allowed)
+    with self._lock:
+      outer = self._wait
+      self._wait = None if allowed is None else _Wait(step, what, allowed)
     try:
       yield
     finally:
       with self._lock:
-        wait, self._wait = self._wait, None
+        wait, self._wait = self._wait, outer
       seconds = time.monotonic() - began
       self._slowest[what] = max(self._slowest.get(what, 0.0), seconds)
       if wait is not None and wait.told:

@@ -63,7 +63,12 @@ def claim(
   _examine(folder, settings)
   with _locked(folder):
     if not _examine(folder, settings):
-      write_json(folder / MARK, {VERSION_KEY: version, 'config': settings})
+      try:
+        with usable(folder):
+          write_json(folder / MARK, {VERSION_KEY: version, 'config': settings})
+      except WorkdirError:
+        _let_go(folder, made)
+        raise
     try:
       yield folder
     except ConfigError:
@@ -89,20 +94,41 @@ def _examine(folder: Path, settings: dict[str, Any]) -> bool:
   except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
     raise WorkdirError(f'{mark} is not of this package: name another --workdir.') from None
   except OSError as error:
-    raise WorkdirError(
-      f'{folder} cannot be used ({error.strerror or error}): name a --workdir that is writable.'
-    ) from None
+    raise _unusable(folder, error) from None
+
+
+@contextlib.contextmanager
+def usable(folder: Path) -> Iterator[None]:
+  """Turns what the disk says while a work directory is written into one line for the user.
+
+  Args:
+    folder: the work directory.
+
+  Yields:
+    Nothing: the block writes there.
+
+  Raises:
+    WorkdirError: for an OSError of the block, such as that of a full disk.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise _unusable(folder, error) from error
+
+
+def _unusable(folder: Path, error: OSError) -> WorkdirError:
+  """The error for a directory that the disk does not let be used."""
+  return WorkdirError(
+    f'{folder} cannot be used ({error.strerror or error}): name a --workdir that is writable, on a '
+    'disk with room.'
+  )
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
   """Keeps other processes out until the end of this one, however it ends."""
-  try:
+  with usable(folder):
     file = (folder / LOCK).open('w', encoding='utf-8')
-  except OSError as error:
-    raise WorkdirError(
-      f'{folder} cannot be used ({error.strerror or error}): name a --workdir that is writable.'
-    ) from None
   with file as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -135,10 +161,17 @@ def write_json(path: Path, value: Any) -> None:
   Args:
     path: of the file.
     value: what `json.dumps` takes.
+
+  Raises:
+    OSError: if the disk is full or fails; what was written of it is removed.
   """
   part = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}')
-  part.write_text(json.dumps(value, indent=2, sort_keys=True) + '\n', encoding='utf-8')
-  part.replace(path)
+  try:
+    part.write_text(json.dumps(value, indent=2, sort_keys=True) + '\n', encoding='utf-8')
+    part.replace(path)
+  except OSError:
+    part.unlink(missing_ok=True)
+    raise
 
 
 def _require_same(folder: Path, mark: dict[str, Any], settings: dict[str, Any]) -> None:
