@@ -69,7 +69,9 @@ def require_at_least_zero(name: str, value: Any) -> None:
 
 
 def require_fraction(who: str, name: str, value: Any) -> None:
-  """Raises ValueError unless it is a number above 0 and at most 1."""
+  """Raises ValueError unless it is a number above 0 and at most 1; arrays are not looked into."""
+  if isinstance(value, jax.Array):
+    return
   if not isinstance(value, numbers.Real) or not 0 < float(value) <= 1:
     raise ValueError(f'{who}({name}={value!r}): must be a number above 0 and at most 1.')
 

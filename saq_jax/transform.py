@@ -138,7 +138,6 @@ def saq(
     quantize=quantize,
     case=case,
     adaptive=adaptive,
-    tensors=tensors,
     accumulate_clean_grad=accumulate_clean_grad,
     sync_perturbation=sync_perturbation,
     has_aux=has_aux,
@@ -170,7 +169,9 @@ def saq(
     z, pullback = jax.vjp(quantize, params)
     (p,) = pullback(g)
     point, direction = params if case == 2 else z, g if case == 3 else p
-    factors = None if tensors == 1 else draw_tensors(_key(seed, state), params, tensors)
+    # An array, as optax.inject_hyperparams makes of it, is not known to be 1.
+    all_of_them = not isinstance(tensors, Array) and tensors == 1
+    factors = None if all_of_them else draw_tensors(_key(seed, state), params, tensors)
     perturbed, norm = perturb(
       point, direction, radius, mask_tree(mask, params), eta if adaptive else None, factors
     )
@@ -239,7 +240,7 @@ def _init(params: PyTree) -> SAQState:
 
 def _key(seed: int, state: SAQState) -> Array:
   """The key of a step's draws."""
-  return jax.random.fold_in(jax.random.key(seed), state.step)
+  return jax.random.fold_in(jax.random.key(jnp.asarray(seed, jnp.uint32)), state.step)
 
 
 def _finish(
