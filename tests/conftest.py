@@ -20,6 +20,29 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 
 
+# The files that take longest, the longest first: a worker that begins one of them last keeps the
+# others waiting. pytest-xdist by itself begins with the files of the most tests.
+_LONGEST = (
+  'test_layouts', 'test_compare', 'test_divergence', 'test_resume', 'test_two_processes',
+  'test_flatness', 'test_main', 'test_strategies_devices', 'test_checkpoint_processes',
+  'test_chaos', 'test_hessian', 'test_configs', 'test_strategies', 'test_run_on_images',
+  'test_pretrained_run', 'test_study', 'test_mix', 'test_swin', 'test_vit', 'test_state',
+  'test_given_own', 'test_network', 'test_step',
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  """Leaves the order of files to the function below."""
+  if hasattr(config.option, 'loadscopereorder'):
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Puts the longest files first and leaves the others as they are."""
+  rank = {name: i for i, name in enumerate(_LONGEST)}
+  items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 @pytest.fixture(scope='session')
 def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
   """A tfds data dir in which the digits are prepared."""

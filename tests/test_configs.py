@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from saq_jax._paths import is_quant_scale, named_leaves
 from saq_jax.analysis.cost_table import image_shape
 from saq_jax.training.flags import read_flags
+from saq_jax.training.parsing import to_json
 from saq_jax.training.stages import make_stage
 from saq_jax.training.state import new_state
 from saq_jax.training.step import train_step
@@ -41,31 +43,55 @@ class Shapes:
     return 50_000
 
 
-def traced(path):
-  """The saq stage of a config and its state, before and after a step that is only traced."""
+@functools.cache
+def begun(path):
+  """The saq stage of a config, its first state and a batch for it, all of them abstract."""
   config, _, _ = read_flags([f'--config={path}'])
   shape, classes = image_shape(config.data)
   stage = make_stage(config, 'saq', Shapes(shape, classes))
-  images = jax.ShapeDtypeStruct((2, *shape), jnp.uint8)
   begin = functools.partial(new_state, stage.network, stage.tx, 0)
   state = jax.eval_shape(begin, jax.ShapeDtypeStruct((2, *shape), jnp.float32))
+  images = jax.ShapeDtypeStruct((2, *shape), jnp.uint8)
   batch = {'image': images, 'label': jax.ShapeDtypeStruct((2,), jnp.int32)}
+  return config, stage, state, batch
+
+
+def same_step(config):
+  """What configs have in common whose steps differ in numbers of bits and classes alone."""
+  bits = dict.fromkeys(('bits', 'act_bits'))
+  settings = to_json(config)
+  data = {key: settings['data'][key] for key in ('mean', 'std')}
+  names = ('model', 'saq', 'strategy', 'augment', 'quant_stage', 'mesh', 'watch')
+  kept = {name: settings[name] for name in names}
+  return json.dumps([kept, settings['quant'] | bits, data, image_shape(config.data)[0]])
+
+
+def of_each_step():
+  """The first config of each kind of step."""
+  first = {}
+  for path in CONFIGS:
+    first.setdefault(same_step(read_flags([f'--config={path}'])[0]), path)
+  return list(first.values())
+
+
+@pytest.mark.parametrize('path', of_each_step(), ids=lambda p: p.stem)
+def test_a_whole_step_traces(path):
+  _, stage, before, batch = begun(path)
   step = functools.partial(
     train_step, network=stage.network, tx=stage.tx, lr=stage.lr, config=stage.step
   )
-  after, metrics = jax.eval_shape(step, state, batch)
-  return config, stage, state, after, metrics
-
-
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
-def test_a_whole_step_traces(path):
-  config, stage, before, after, metrics = traced(path)
+  after, metrics = jax.eval_shape(step, before, batch)
   assert jax.tree.structure(after) == jax.tree.structure(before)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
     lambda x: (x.shape, x.dtype), before
   )
   assert metrics['loss_perturbed'].shape == ()
-  # Every kernel has a quantizer of the bits that the file's name says, but for the two ends.
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_every_kernel_has_the_bits_that_the_name_says(path):
+  config, stage, before, _ = begun(path)
+  # But for the two ends.
   kernels = stage.network.quantize.assign(before.params['model'])
   named = int(re.search(r'_(\d)bit', path.stem)[1])
   inner = [p for p in kernels if not re.fullmatch(stage.network.model.first_kernel, p)]

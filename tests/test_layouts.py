@@ -39,10 +39,10 @@ def step_of(which, case, fsdp, **how):
 
 def assert_same_step(ours, theirs):
   for name, x in theirs[1].items():
-    np.testing.assert_allclose(ours[1][name], x, rtol=1e-6, atol=1e-9, err_msg=name)
+    np.testing.assert_allclose(ours[1][name], x, rtol=1e-9, atol=1e-12, err_msg=name)
   mine = named_leaves(ours[0])
   for path, x in named_leaves(theirs[0]).items():
-    np.testing.assert_allclose(mine[path], x, rtol=1e-6, atol=1e-9, err_msg=path)
+    np.testing.assert_allclose(mine[path], x, rtol=1e-9, atol=1e-12, err_msg=path)
 
 
 @pytest.mark.parametrize('fsdp', FSDP.values(), ids=FSDP)

@@ -155,7 +155,9 @@ def test_a_scale_that_was_given_is_kept(weights):
 
 def test_scales_of_weights_that_were_given_are_kept_and_seen_in_calibration(weights):
   kept = {'layer2_0/conv1/kernel': jnp.float32(1.25), 'of/another/model': jnp.float32(9.0)}
-  state = state_from_weights(QUANTIZED, TX, 3, IMAGES, *weights, scales=kept)
+  state = jax.jit(lambda *given: state_from_weights(QUANTIZED, TX, 3, IMAGES, *given, scales=kept))(
+    *weights
+  )
   found = jitted()(*weights).params
   assert float(state.params['scales']['layer2_0/conv1/kernel']) == 1.25
   others = found['scales'].keys() - kept.keys()
@@ -163,8 +165,11 @@ def test_scales_of_weights_that_were_given_are_kept_and_seen_in_calibration(weig
   assert state.params['scales'].keys() == found['scales'].keys()
   behind = 'layer2_0/conv2/input/quant_scale'
   assert named_leaves(state.params['model'])[behind] != named_leaves(found['model'])[behind]
+  wrong = {'fc/kernel': jnp.ones(3)}
   with pytest.raises(ConfigError, match=r'another shape: fc/kernel \(3,\) for \(\)'):
-    state_from_weights(QUANTIZED, TX, 3, IMAGES, *weights, scales={'fc/kernel': jnp.ones(3)})
+    jax.eval_shape(
+      lambda *given: state_from_weights(QUANTIZED, TX, 3, IMAGES, *given, scales=wrong), *weights
+    )
 
 
 def test_scales_that_the_model_has_not_are_left_out(weights):
