@@ -52,7 +52,7 @@ def test_metrics_statistics_and_parameters(rho, both, smoothing):
     perturbed = [x for path, x in named_leaves(g).items() if not is_quant_scale(path)]
     norm = np.sqrt(sum(np.sum(x**2) for x in perturbed))
     clean, stats = pullback(g)[0], named_leaves(found)
-    want = {'loss': loss, 'accuracy': hits.mean(), 'lr': 0.2}
+    want = {'loss': loss, 'accuracy': hits.mean(), 'lr': 0.2, 'second': float(rho is not None)}
     sharp, stats = clean, {p: 0.9 * p.endswith('var') + 0.1 * x for p, x in stats.items()}
     if rho is not None:
       point = jax.tree.map(lambda x, d: x + rho * d / norm, z, g)
