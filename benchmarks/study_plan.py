@@ -109,13 +109,11 @@ METHODS: dict[str, Method] = {
   'looksam': Method('LookSAM', 3, StrategyConfig('looksam'), _PAIRS),
   'swp': Method('ESAM, SWP', 3, StrategyConfig(tensors=0.6)),
   'sds': Method('ESAM, SDS', 3, StrategyConfig(second_examples=0.5)),
-  'esam': Method('ESAM, both', 3, StrategyConfig(tensors=0.6, second_examples=0.5)),
   'adaptive': Method('AE-SAM', 3, StrategyConfig('adaptive')),
   'random': Method('RST, p = 1/2', 3, StrategyConfig('random')),
   'norms': Method('SAM-ON (norms only)', 3, StrategyConfig(perturb_only=(r'.*/(bn|norm)\d*/.*',))),
   'momentum': Method('Along momentum', 3, StrategyConfig('momentum'), ours=True),
-  'small': Method('Ascent by 1/8 batch', 3, StrategyConfig(first_examples=1 / 8), ours=True),
-  'smaller': Method('Ascent by 1/16 batch', 3, StrategyConfig(first_examples=1 / 16), ours=True),
+  'small': Method('Ascent by 1/16 batch', 3, StrategyConfig(first_examples=1 / 16), ours=True),
 }
 TRAINED = tuple(name for name in METHODS if name not in ('float', 'ptq'))
 

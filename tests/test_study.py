@@ -96,9 +96,9 @@ def test_every_method_trains_with_its_strategy():
   strategies = {name: config.strategy for name, config in found.items()}
   assert (strategies['looksam-5'].alpha, strategies['looksam-10'].alpha) == (0.2, 0.7)
   assert strategies['interval-10'].period == 10
-  assert strategies['esam'].tensors == 0.6
-  assert strategies['esam'].second_examples == 0.5
-  assert strategies['small'].first_examples == 1 / 8
+  assert strategies['swp'].tensors == 0.6
+  assert strategies['sds'].second_examples == 0.5
+  assert strategies['small'].first_examples == 1 / 16
   cases = {name: config.saq.case for name, config in found.items()}
   assert (cases.pop('case1'), cases.pop('case2')) == (1, 2)
   assert set(cases.values()) == {3}
