@@ -45,14 +45,15 @@ usage: python -m saq_jax.main [--config FILE] [--workdir DIR] [--config.KEY=VALU
                         --config.model.depth=20         of a ResNet: docs/models.md
                         --config.init_from=PATH         start from weights: safetensors, .npz,
                                                         .pth, hf://org/name, RUN/float
-                      All settings with their meaning: saq_jax/training/config.py.
+                      All settings with their meaning: saq_jax/training/*config.py.
   --profile=M:N       a trace of what the devices do in steps M to N: WORKDIR/STAGE/profile.
   --coordinator HOST:PORT --processes N --process I    one of several (docs/scaling.md).
   --help              this text.
 
-Exit codes: 0 done, or stopped by a signal and saved; 1 diverged, damaged data, a failing disk or a
-worker that died; 2 wrong input.
+Exit codes: 0 done, or stopped by a signal and saved; 1 diverged, damaged data, a failing disk, too
+little memory or a worker that died; 2 wrong input.
 """
+_NO_MEMORY = 'RESOURCE_EXHAUSTED'  # how XLA's messages begin where a device has too little
 # Seconds for the others to tell of what they fail of too: they end with process 0, where they meet.
 _MOMENT = 2.0
 
@@ -148,7 +149,7 @@ def _train(config: ExperimentConfig, name: str, directory: Path, profile: Profil
   except LoaderError as error:
     return _leave(_fail(error, 1))  # threads that wait for a disk would keep it from its end
   except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 and _NO_MEMORY not in str(error):
       raise
     return _fail(_one_line(error), 1)
   return 0
@@ -160,7 +161,10 @@ def _one_line(error: jax.errors.JaxRuntimeError) -> str:
   again = 'the same command, on all hosts, goes on from the last checkpoint.'
   if tells_of_a_peer(error):
     return f'another process of the run is gone ({words}): {again}'
-  return f'process {jax.process_index()} cannot go on: {words}'
+  if _NO_MEMORY in str(error):
+    words += ' (a smaller data.batch_size, quant_stage.accumulate or model.remat: it needs less)'
+  who = f'process {jax.process_index()}' if jax.process_count() > 1 else 'the run'
+  return f'{who} cannot go on: {words}'
 
 
 def _leave(code: int, moment: float = 0.0) -> NoReturn:

@@ -164,6 +164,25 @@ def test_a_lost_peer_and_a_lack_of_memory_are_told_apart(
   assert line.startswith(f'saq_jax: {told}')
 
 
+def test_a_lack_of_memory_is_one_line_and_another_error_of_the_device_keeps_its_traceback(
+  tmp_path, monkeypatch, capsys
+):
+  from saq_jax import experiment
+
+  words = ('RESOURCE_EXHAUSTED: so', 'INTERNAL: so')
+  errors = [jax.errors.JaxRuntimeError(word) for word in words]
+
+  def fail(*_):
+    raise errors.pop(0)
+
+  monkeypatch.setattr(experiment, 'run', fail)
+  assert program._train(None, 'a', tmp_path, None) == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith('saq_jax: the run cannot go on: RESOURCE_EXHAUSTED: so (a smaller data.')
+  with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'):
+    program._train(None, 'a', tmp_path, None)
+
+
 # ---- Whole runs of several processes, each with a part of the state
 
 
