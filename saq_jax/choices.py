@@ -1,5 +1,6 @@
 """Which steps take the second gradient, and of which examples it is taken."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,8 @@ import optax
 from jax import Array
 
 from saq_jax import _checks as checks
+
+_CHOICE = 0x525354  # sets its draws apart from others of the same seed and step
 
 
 class When(NamedTuple):
@@ -48,7 +51,7 @@ def at_random(probability: float | optax.Schedule, seed: int = 0) -> When:
 
   Args:
     probability: from 0 to 1, or an optax schedule of it by the step.
-    seed: of the draws: step t draws with the key `fold_in(key(seed), t)`.
+    seed: of the draws, with the step; those of `saq(tensors=...)` of the same seed are others.
 
   Returns:
     For `sometimes`.
@@ -65,7 +68,8 @@ def at_random(probability: float | optax.Schedule, seed: int = 0) -> When:
 
   def choose(step: Array, _: Array, memory: Any) -> tuple[Array, Any]:
     p = probability(step) if callable(probability) else probability
-    return jax.random.bernoulli(jax.random.fold_in(jax.random.key(seed), step), p), memory
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _CHOICE), step)
+    return jax.random.bernoulli(key, p), memory
 
   return When(lambda: None, choose)
 
@@ -142,5 +146,6 @@ def hardest(clean: Array, perturbed: Array, fraction: float, groups: int = 1) ->
   """
   checks.require_fraction('hardest', 'fraction', fraction)
   rise = (perturbed - clean).reshape(groups, -1)
-  count = -int(-fraction * rise.shape[1] // 1)
+  # 0.07 of 100 is 7, though the product of these floats is a little more.
+  count = max(1, math.ceil(round(fraction * rise.shape[1], 6)))
   return jax.lax.top_k(rise, count)[1]

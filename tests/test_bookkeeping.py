@@ -4,10 +4,11 @@ import contextlib
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from saq_jax.training import bookkeeping
-from saq_jax.training.bookkeeping import Bookkeeping, PreemptedError
+from saq_jax.training.bookkeeping import Bookkeeping, PreemptedError, has_line
 from saq_jax.training.checkpoint_config import CheckpointConfig
 from saq_jax.training.signals import Stop
 
@@ -49,7 +50,12 @@ def books(monkeypatch):
   """Books of a stage of ten steps, with lines of metrics at every second one."""
   waits = Waits()
   stage = types.SimpleNamespace(
-    name='saq', log_every=2, total_steps=10, checkpoint_every=4, checkpoint=CheckpointConfig()
+    name='saq',
+    log_every=2,
+    total_steps=10,
+    taken=None,
+    checkpoint_every=4,
+    checkpoint=CheckpointConfig(),
   )
   checkpoints = types.SimpleNamespace(
     check=lambda: None,
@@ -97,3 +103,22 @@ def test_the_agreement_to_stop_is_watched(books):
     ('save', 'the checkpoint'),
     ('wait', 'the checkpoint'),
   ]
+
+
+@pytest.mark.parametrize(
+  ('taken', 'more'),
+  [
+    (None, []),
+    ([1] * 26, []),
+    ([1, 0, 0, 0, 0] * 6, [11, 21]),  # of steps 1, 6, 11, ...
+    ([1, 0] * 13, [11, 21]),
+    ([0] * 6 + [1] + [0] * 19, [7]),
+    ([0, 0, 1, 1] + [0] * 5 + [1] + [0] * 16, [3]),  # step 10 itself is one
+    ([0] * 26, []),
+  ],
+)
+def test_a_second_gradient_is_seen_whatever_its_period(taken, more):
+  taken = None if taken is None else np.array(taken, bool)
+  stage = types.SimpleNamespace(log_every=10, total_steps=26, taken=taken)
+  lines = [step for step in range(1, 27) if has_line(step, stage)]
+  assert lines == sorted([1, 10, 20, 26, *more])

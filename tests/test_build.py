@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from saq_jax import LIQ, LSQ, PACT, DoReFa, QuantRule, saq, weight_quantizer
-from saq_jax._paths import named_leaves
+from saq_jax._paths import map_named, named_leaves
 from saq_jax.training.build import build_optimizer, build_slot, total_steps
 from saq_jax.training.config import ModelConfig, QuantConfig, SAQConfig, StageConfig
 from saq_jax.training.network import FLOATING, Network, build_network
@@ -193,14 +193,20 @@ def slot_step(*links, steps=1):
 @pytest.mark.parametrize('of_weights', [False, True])
 @pytest.mark.parametrize('of_acts', [False, True])
 def test_which_scales_are_perturbed(of_weights, of_acts):
-  config = SAQConfig(rho=0.5, perturb_weight_scales=of_weights, perturb_act_scales=of_acts)
-  [(_, (slot,))], (point,), g, z = slot_step(build_slot(NETWORK, config, 1))
+  """In case 2, where the weights are quantized, with their scales, after the shift."""
+  config = SAQConfig(rho=0.5, case=2, perturb_weight_scales=of_weights, perturb_act_scales=of_acts)
+  [(_, (slot,))], (point,), g, _ = slot_step(build_slot(NETWORK, config, 1))
+  params = jax.tree.map(lambda x: jnp.asarray(x, float), PARAMS)
+  _, pullback = jax.vjp(NETWORK.quantize, params)
+  p = named_leaves(pullback(map_named(lambda path, _: jnp.asarray(g[path]), params))[0])
   left_out = {p for p, on in zip(sorted(SCALES), (of_acts, of_weights), strict=True) if not on}
-  norm = np.sqrt(sum(np.sum(x**2) for path, x in g.items() if path not in left_out))
+  assert all(np.any(p[path] != 0) for path in SCALES)
+  norm = np.sqrt(sum(np.sum(x**2) for path, x in p.items() if path not in left_out))
   np.testing.assert_allclose(slot.grad_norm, norm, rtol=1e-6)
+  shifted = map_named(lambda at, x: x + (0 if at in left_out else 0.5 * p[at] / norm), params)
+  want = named_leaves(NETWORK.quantize(shifted))
   for path, x in point.items():
-    want = z[path] + (0 if path in left_out else 0.5 * g[path] / norm)
-    np.testing.assert_allclose(x, want, rtol=1e-6, err_msg=path)
+    np.testing.assert_allclose(x, want[path], rtol=1e-5, err_msg=path)
 
 
 def test_rho_is_0_during_its_warm_up():

@@ -266,6 +266,8 @@ def test_report(config, finished, capsys):
     ('init_from', 'somewhere', 'init_from'),
     ('saq.perturbation', 'device', 'by the whole batch'),
     ('data.batch_size', '1000', 'make it smaller'),
+    ('quant_stage.accumulate', '7', 'multiple of 7, for accumulate'),
+    ('strategy.perturb_only', 'nothing', 'matches no leaf'),
   ],
 )
 def test_what_cannot_be_compared(config, tmp_path, key, value, message):

@@ -141,7 +141,7 @@ class Lines:
 
 def books_of(saved, watch, lines):
   stage = types.SimpleNamespace(
-    name='saq', log_every=1, total_steps=100, checkpoint_every=10, watch=watch
+    name='saq', log_every=1, total_steps=100, taken=None, checkpoint_every=10, watch=watch
   )
   due = [step for step in saved if step % 10 == 0]
   checkpoints = types.SimpleNamespace(steps=saved, due=due, wait=lambda: None)

@@ -69,6 +69,8 @@ def test_help_fits_on_a_screen(capsys):
     ('--config.methods=', ['config.methods', 'at least one']),
     ('--config.methods=qat,qat', ['config.methods', 'each once']),
     ('--config.quant_stage.warmup_epochs=30', ['warmup_epochs=30', 'below its epochs']),
+    ('--config.saq.warmup_epochs=30', ['saq.warmup_epochs=30', 'rho is 0']),
+    ('--config.saq.perturb_weight_scales=true', ['perturb_weight_scales', 'saq.case=2']),
     ('--config.float_stage.epochs=0', ['config.float_stage.epochs', 'above 0']),
     ('--config.data.std=0', ['config.data.std', 'above 0']),
     ('--config.strategy.period=0', ['config.strategy.period=0', 'at least 1']),
@@ -94,6 +96,7 @@ def test_wrong_input_is_one_line_and_code_2(capsys, tmp_path, flag, words):
     ('--config.data.name=cifar_unprepared', ['cifar_unprepared']),
     ('--config.init_from=/nowhere/at/all', ['config.init_from', '/nowhere/at/all']),
     ('--config.data.mean=0.5,0.5', ['config.data.mean']),
+    ('--config.strategy.perturb_only=model/norm', ['perturb_only', 'matches no leaf']),
   ],
 )
 def test_what_does_not_fit_the_data_is_one_line(capsys, tmp_path, digits_dir, flag, words):

@@ -8,10 +8,26 @@ import pytest
 
 from saq_jax import LSQ, DoReFa, QuantRule, weight_quantizer
 from saq_jax.oscillation import track_oscillation, weight_codes
+from saq_jax.training.config import ExperimentConfig, ModelConfig
+from saq_jax.training.data_config import DataConfig
+from saq_jax.training.loop import _replayed
+from saq_jax.training.stages import make_stage
+from saq_jax.training.state import new_state
+from saq_jax.training.watch_config import WatchConfig
+from saq_jax.training.watch_replay import StepsBack
 
 SCALE, LOW, HIGH = 0.5, -4, 3
 QUANTIZE = weight_quantizer([QuantRule(r'.*/kernel', LSQ(bits=3))])
 STEPS = 60
+
+
+class Digits:
+  """A dataset of which only the sizes are known."""
+
+  image_shape, num_classes = (8, 8, 1), 10
+
+  def __len__(self):
+    return 1438
 
 
 def params_of(one, two):
@@ -157,3 +173,20 @@ def test_misuse_is_one_clear_line():
   tx = track_oscillation(QUANTIZE)
   with pytest.raises(ValueError, match='needs params'):
     tx.update(params, tx.init(params))
+
+
+def test_a_stage_that_went_back_counts_the_weights_that_it_has():
+  watch = WatchConfig(oscillation=True, backoff=0.01)
+  model = ModelConfig(depth=8, width=4)
+  config = ExperimentConfig(model=model, watch=watch, data=DataConfig(batch_size=8))
+  stage = _replayed(make_stage(config, 'qat', Digits()), StepsBack(count=1))
+  params = new_state(stage.network, stage.tx, 0, jnp.zeros((1, 8, 8, 1))).params
+  key = jax.random.key(0)
+  g = jax.tree.map(lambda x: jax.random.normal(key, x.shape), params)
+  updates, (_, (_, tracker)) = stage.tx.update(g, stage.tx.init(params), params)
+  want = weight_codes(stage.network.quantize, optax.apply_updates(params, updates))
+  full = jax.tree.map(lambda p, u: p + u / 0.01, params, updates)  # at the old learning rate
+  other = weight_codes(stage.network.quantize, full)
+  for path, codes in tracker.codes.items():
+    np.testing.assert_array_equal(codes, want[path])
+  assert any(np.any(codes != want[path]) for path, codes in other.items())

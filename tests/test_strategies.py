@@ -137,6 +137,39 @@ def test_adaptive_scaling_and_the_clean_gradient_go_with_strategies(case):
   assert_same_run(run(sometimes(*links, every(2)), quantizer), other)
 
 
+@pytest.mark.parametrize('rho', [0.0, 1e-12])
+def test_what_rounding_left_is_not_used_again(rho):
+  quantizer = ThreeBitLSQ()
+
+  def rounded(z):
+    noise = 1e-3 if rho == 0 else 1e-9  # such as between products in bfloat16 and in float32
+
+    def with_noise(x):
+      return x * (1 + noise * jnp.cos(jnp.arange(x.size)).reshape(x.shape))
+
+    return jax.tree.map(with_noise, grad_fn(z))
+
+  slots = looksam(saq(quantizer.fn, rho), qat(quantizer.fn), k=2, alpha=1.0), qat(quantizer.fn)
+  with_it, without = (run(slot, quantizer, second=rounded) for slot in slots)
+  close(with_it[0], without[0], rtol=1e-2)
+
+
+def test_draws_of_the_same_seed_are_independent():
+  count = 4000
+  slot = saq(lambda p: p, 1.0, tensors=0.5, seed=3, has_aux=True)
+  params = {'a': jnp.ones(()), 'b': jnp.ones(())}
+
+  def moved(step):
+    state = slot.init(params)._replace(step=step)
+    _, state = slot.update(params, state, params, grad_fn=lambda z: (params, z))
+    return state.aux['a'] != 1
+
+  steps = jnp.arange(count)
+  some = np.asarray(jax.vmap(moved)(steps))
+  taken = np.asarray(jax.vmap(lambda t: at_random(0.5, seed=3).choose(t, 1.0, None)[0])(steps))
+  assert abs(np.corrcoef(some, taken)[0, 1]) < 4 / np.sqrt(count)
+
+
 def test_at_random_steps_come_as_often_as_they_should():
   count, p = 4000, 0.3
   choose = jax.vmap(lambda t: at_random(p, seed=1).choose(t, 1.0, None)[0])
@@ -320,6 +353,11 @@ def test_the_hardest_examples_are_those_whose_loss_rises_most(fraction):
     rise = (perturbed - clean).reshape(groups, -1)
     count = int(np.ceil(fraction * 24 / groups))
     np.testing.assert_array_equal(found, np.argsort(-rise, axis=1)[:, :count])
+
+
+@pytest.mark.parametrize(('fraction', 'count'), [(0.07, 7), (0.55, 55), (0.071, 8), (1e-9, 1)])
+def test_the_number_of_the_hardest_is_not_that_of_a_rounded_product(fraction, count):
+  assert hardest(jnp.zeros(100), jnp.arange(100.0), fraction).shape == (1, count)
 
 
 # What cannot be.

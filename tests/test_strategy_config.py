@@ -130,7 +130,9 @@ def test_settings_that_do_not_go_together(settings, words):
   [
     ({'second_examples': 0.5}, {'accumulate': 2}, 'accumulate=2: does not go with'),
     ({'first_examples': 0.5}, {'accumulate': 2}, 'accumulate=2: does not go with'),
-    ({'name': 'momentum'}, {'accumulate_clean_grad': True}, 'there is no clean gradient'),
+    ({'name': 'momentum'}, {'accumulate_clean_grad': True}, 'would be half as long'),
+    ({'name': 'interval'}, {'accumulate_clean_grad': True}, 'would be half as long'),
+    ({'first_examples': 0.5}, {'accumulate_clean_grad': True}, 'would be half as long'),
   ],
 )
 def test_settings_that_do_not_go_with_those_of_others(settings, how, words):

@@ -23,6 +23,7 @@ from saq_jax.training.inputs import load_split, load_splits, require_enough
 from saq_jax.training.loop import DivergedError, PreemptedError
 from saq_jax.training.progress import Progress
 from saq_jax.training.signals import Stop
+from saq_jax.training.stages import require_perturbed
 from saq_jax.training.workdir import write_json
 
 
@@ -182,6 +183,12 @@ def _splits(config: ExperimentConfig) -> tuple[Dataset, Dataset, Dataset]:
     raise ConfigError('config.compare.seeds: a comparison runs in a single process.')
   train, test = load_splits(config)
   require_enough(config, train)
+  require_perturbed(config, train)
+  parts = math.lcm(config.float_stage.accumulate, config.quant_stage.accumulate)
+  if data.batch_size % parts:
+    raise ConfigError(
+      f'config.data.batch_size={data.batch_size}: must be a multiple of {parts}, for accumulate.'
+    )
   try:
     validation = load_split(config, settings.validation_split)
   except (ValueError, OSError) as error:

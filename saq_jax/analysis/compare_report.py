@@ -168,10 +168,11 @@ def _how_to_read(comparison: Comparison) -> str:
     f'paired t-test. A difference counts as shown where p is below {0.05 / pairs:.2g}: 5 % over '
     f'the {pairs} pairs of a table. Intervals are not widened for that. The radius of each case '
     'was chosen by the validation split; the test split had no part in it. All methods take the '
-    'same number of steps; a step of a case costs two gradients, one of QAT costs one. Sharpness '
-    'is the change of the mean training loss, in evaluation mode and without augmentation, after '
-    f'one ascent step of length {comparison.sharpness_rho:g} from the quantized weights, the '
-    'same for all; with straight-through gradients that step need not ascend.'
+    'same number of steps; one of a case costs two gradients, or fewer with `config.strategy`, one '
+    'of QAT costs one. Sharpness is the change of the mean training loss, in evaluation mode and '
+    f'without augmentation, after one ascent step of length {comparison.sharpness_rho:g} from the '
+    'quantized weights, the same for all; with straight-through gradients that step need not '
+    'ascend.'
   )
 
 

@@ -16,7 +16,7 @@ from saq_jax.analysis.codes import diminishment, mismatch
 from saq_jax.analysis.flatness_run import Trained
 from saq_jax.analysis.hessian import hessian_eigenvalues, hessian_trace
 from saq_jax.analysis.landscape import filter_normalized, landscape_1d, landscape_2d
-from saq_jax.analysis.sharpness import sharpness
+from saq_jax.analysis.sharpness import mean_gradient, sharpness
 from saq_jax.perturbation import mask_tree, perturb, perturbed_by_default
 from saq_jax.training.step import eval_step
 
@@ -109,9 +109,7 @@ class Losses:
     Returns:
       A tree like z.
     """
-    found = [self.value_and_grad_fn(self.z, batch) for batch in self.batches]
-    count = sum(float(examples) for (_, examples), _ in found)
-    return jax.tree.map(lambda *parts: sum(parts) / count, *(g for _, g in found))
+    return mean_gradient(self.value_and_grad_fn, self.z, self.batches)[1]
 
 
 def measure(

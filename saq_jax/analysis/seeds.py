@@ -95,6 +95,11 @@ class SeedTrainer:
     Returns:
       The stage, as the training loop would run it.
     """
+    stage = self._stage(method, rho, lr_factor)
+    # The examples of a seed are all on one device.
+    return dataclasses.replace(stage, step=dataclasses.replace(stage.step, shards=1))
+
+  def _stage(self, method: str, rho: float | Array, lr_factor: float | Array) -> Stage:
     if method == 'float':
       return make_stage(self._config, method, self._train)
     config = self._variants.get(method, self._config)

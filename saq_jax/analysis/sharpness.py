@@ -85,16 +85,27 @@ def sharpness(
     raise ValueError('sharpness needs at least one batch.')
   if eta is not None and not 0 <= eta < float('inf'):
     raise ValueError(f'sharpness(eta={eta!r}): must be a finite number, at least 0, or None.')
-  loss, g = _mean(value_and_grad_fn, z, batches)
+  loss, g = mean_gradient(value_and_grad_fn, z, batches)
   moved, norm = perturb(z, g, rho, mask_tree(mask, z), eta)
-  perturbed_loss, _ = _mean(value_and_grad_fn, moved, batches)
+  perturbed_loss, _ = mean_gradient(value_and_grad_fn, moved, batches)
   return Sharpness(perturbed_loss - loss, loss, perturbed_loss, norm)
 
 
-def _mean(fn: ValueAndGrad, z: PyTree, batches: Sequence[Any]) -> tuple[Array, PyTree]:
-  """The mean loss over all batches and its gradient."""
-  (total, count), g = fn(z, batches[0])
+def mean_gradient(
+  value_and_grad_fn: ValueAndGrad, z: PyTree, batches: Sequence[Any]
+) -> tuple[Array, PyTree]:
+  """The mean loss over all batches and its gradient, of which two are in memory at once.
+
+  Args:
+    value_and_grad_fn: as in `sharpness`, like the others.
+    z: the quantized parameters.
+    batches: at least one.
+
+  Returns:
+    The loss, and a tree like z.
+  """
+  (total, count), g = value_and_grad_fn(z, batches[0])
   for batch in batches[1:]:
-    (more, examples), here = fn(z, batch)
+    (more, examples), here = value_and_grad_fn(z, batch)
     total, count, g = total + more, count + examples, jax.tree.map(jnp.add, g, here)
   return total / count, jax.tree.map(lambda d: d / count, g)

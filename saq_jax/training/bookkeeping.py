@@ -70,6 +70,27 @@ class Leg:
   profile: Profile | None
 
 
+def has_line(step: int, stage: 'Stage') -> bool:
+  """Whether the metrics of a step are written.
+
+  Where a strategy's choice is known, the first step after each of the regular lines that took a
+  second gradient has a line too: a period may be such that those of the regular lines never do.
+
+  Args:
+    step: its number, from 1.
+    stage: that takes it.
+
+  Returns:
+    Whether it is the first, the last, one in `log_every`, or such a step.
+  """
+  since = step % stage.log_every
+  if not since or step in (1, stage.total_steps):
+    return True
+  if stage.taken is None or not stage.taken[step - 1]:
+    return False
+  return not stage.taken[max(step - since, 1) - 1 : step - 1].any()
+
+
 class Bookkeeping:
   """Keeps the books of a stage under way; metrics are read one step late.
 
@@ -171,8 +192,9 @@ class Bookkeeping:
     if divergence := self._leg.losses.see(step, figures):
       self._log.write(step, figures)
       self._diverged(divergence)
-    due = step % self._stage.log_every == 0 or step in (1, self._stage.total_steps)
-    if due or figures.get('damaged'):  # so that their sum is that of all images
+    if has_line(step, self._stage) or figures.get(
+      'damaged'
+    ):  # so that their sum is that of all images
       self._log.write(step, figures)
     self._progress.update(step, loss=figures['loss'], accuracy=figures['accuracy'])
 

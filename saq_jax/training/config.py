@@ -102,7 +102,8 @@ class SAQConfig:
     adaptive: ASAM scaling.
     eta: of ASAM.
     accumulate_clean_grad: step along g(Q(w)) + g(Q(w) + eps).
-    perturb_weight_scales: shift the learnable scales of weights too (cases 1 and 2).
+    perturb_weight_scales: shift the learnable scales of weights too (case 2 alone, in which the
+      weights are quantized after the shift).
     perturb_act_scales: shift the learnable scales of activations too.
     perturb_norms: shift the scales and biases of norms too, as the authors' code does for
       convolutional networks.

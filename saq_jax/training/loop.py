@@ -57,7 +57,8 @@ class Stage:
     name: of its directory and its progress line: 'float', 'qat' or 'saq'.
     network: what is trained.
     slot: `saq(...)` or `qat(...)`, the first link of the chain.
-    optimizer: the rest of it.
+    optimizer: follows it.
+    tracker: the last link, which changes no update and sees them as they are applied; if any.
     lr: the schedule of the learning rate, for the metrics.
     step: augmentation, loss and batch statistics.
     seed: of the order of the examples.
@@ -83,6 +84,7 @@ class Stage:
   network: Network
   slot: optax.GradientTransformationExtraArgs
   optimizer: optax.GradientTransformation
+  tracker: optax.GradientTransformation | None
   lr: optax.Schedule
   step: StepConfig
   seed: int
@@ -105,7 +107,12 @@ class Stage:
   @property
   def tx(self) -> optax.GradientTransformationExtraArgs:
     """The whole chain."""
-    return optax.chain(self.slot, self.optimizer)
+    return optax.chain(self.slot, self.rest)
+
+  @property
+  def rest(self) -> optax.GradientTransformation:
+    """The chain without the slot."""
+    return self.optimizer if self.tracker is None else optax.chain(self.optimizer, self.tracker)
 
 
 def run_stage(
@@ -257,7 +264,7 @@ def _first_images(stage: Stage, train: Dataset) -> np.ndarray:
 def _compiled(stage: Stage, mesh: Mesh, state: TrainState) -> CompiledStep:
   """The train step, jitted once a choice; the state's memory is reused."""
   layout = Layout(mesh, stage.mesh.min_shard)
-  groups = Groups(stage.slot, stage.optimizer, mesh, stage.group_size) if stage.per_device else None
+  groups = Groups(stage.slot, stage.rest, mesh, stage.group_size) if stage.per_device else None
   step = functools.partial(
     train_step,
     network=stage.network,

@@ -226,6 +226,16 @@ def _check(experiment: ExperimentConfig) -> None:
       f'config.saq.perturbation={perturbed.perturbation!r}, group_size={perturbed.group_size}: '
       "'group' needs a group_size, and nothing else takes one."
     )
+  if perturbed.perturb_weight_scales and (perturbed.case != 2 or experiment.compare.seeds):
+    raise ConfigError(
+      'config.saq.perturb_weight_scales: goes with saq.case=2 alone; the other cases perturb '
+      'weights that are quantized already, to which the scales are nothing any more.'
+    )
+  if 'saq' in methods and perturbed.warmup_epochs >= experiment.quant_stage.epochs:
+    raise ConfigError(
+      f'config.saq.warmup_epochs={perturbed.warmup_epochs}: must be below quant_stage.epochs, '
+      f'{experiment.quant_stage.epochs}, as rho is 0 before.'
+    )
   check_strategy(
     experiment.strategy,
     accumulate=experiment.quant_stage.accumulate,

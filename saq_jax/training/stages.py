@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import jax
-import optax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
@@ -14,6 +14,7 @@ from saq_jax._paths import PyTree
 from saq_jax.data.datasets import Dataset
 from saq_jax.data.loader import Reading
 from saq_jax.oscillation import track_oscillation
+from saq_jax.training.bounds import ConfigError
 from saq_jax.training.build import build_optimizer, build_slot, known_choices, total_steps
 from saq_jax.training.config import ExperimentConfig, StageConfig
 from saq_jax.training.evaluate import Score, make_evaluator
@@ -76,6 +77,7 @@ def train_all(
   train, test = load_splits(config)
   mesh = mesh_of(config)
   require_fitting_batches(config, train, mesh)
+  require_perturbed(config, train)
   outcomes: list[Outcome] = []
   weights: Weights | None = None
   fresh: frozenset[str] = frozenset()
@@ -95,6 +97,29 @@ def train_all(
     if name == 'float':
       weights = params['model'], batch_stats, params['scales']
   return outcomes
+
+
+def require_perturbed(config: ExperimentConfig, train: Dataset) -> None:
+  """Refuses patterns of `strategy.perturb_only` that fit no parameter, before anything is trained.
+
+  Args:
+    config: the experiment.
+    train: the training examples, for their size and classes.
+
+  Raises:
+    ConfigError: if one fits none, or all that it fits is left out by `saq.perturb_*`.
+  """
+  if not config.strategy.perturb_only or not ('saq' in config.methods or config.compare.seeds):
+    return
+  stage = make_stage(config, 'saq', train)
+  images = jax.ShapeDtypeStruct((1, *train.image_shape), jnp.float32)
+  try:
+    jax.eval_shape(functools.partial(new_state, stage.network, stage.tx, config.seed), images)
+  except ConfigError as error:
+    raise ConfigError(
+      f'config.strategy.perturb_only={config.strategy.perturb_only}, of what config.saq.perturb_* '
+      f'leave in: {error}'
+    ) from None
 
 
 def _fetched(tree: PyTree, mesh: Mesh) -> PyTree:
@@ -160,13 +185,13 @@ def make_stage(config: ExperimentConfig, name: str, train: Dataset) -> Stage:
     seed=config.seed,
   )
   optimizer, lr = build_optimizer(settings, steps_per_epoch)
-  if config.watch.oscillation and name != 'float':
-    optimizer = optax.chain(optimizer, track_oscillation(network.quantize))
+  tracked = config.watch.oscillation and name != 'float'
   return Stage(
     name=name,
     network=network,
     slot=slot,
     optimizer=optimizer,
+    tracker=track_oscillation(network.quantize) if tracked else None,
     lr=lr,
     step=make_step_config(config, settings, train.num_classes, name),
     seed=config.seed,

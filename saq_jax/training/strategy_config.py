@@ -99,8 +99,8 @@ def check_strategy(
       f'config.quant_stage.accumulate={accumulate}: does not go with first_examples or '
       'second_examples below 1.'
     )
-  if accumulate_clean_grad and (begins < 1 or name == 'momentum'):
+  if accumulate_clean_grad and (begins < 1 or name != 'full'):
     raise ConfigError(
-      'config.saq.accumulate_clean_grad: there is no clean gradient of the whole batch with '
-      "first_examples below 1 or 'momentum'."
+      "config.saq.accumulate_clean_grad: goes with strategy.name='full' and first_examples=1 "
+      'alone: steps that take one gradient would be half as long.'
     )
