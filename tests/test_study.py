@@ -156,11 +156,11 @@ def test_second_gradients_of_the_quick_study(quick):
   assert second['interval'] == pytest.approx([3 / STEPS] * 2, abs=1e-5)
 
 
-@pytest.mark.parametrize('method', ['interval-5', 'adaptive'])
+@pytest.mark.parametrize('method', ['interval-5', 'random', 'adaptive'])
 def test_steps_are_skipped_for_all_seeds_at_once(splits, method):
   """The choice stays one branch under vmap, as the count of steps has no axis of seeds."""
   config = config_of(QUICK, 'vit', 3)
-  plan = dataclasses.replace(FULL, methods=('interval', 'adaptive'))
+  plan = dataclasses.replace(FULL, methods=('interval', 'random', 'adaptive'))
   trainer = SeedTrainer(config, splits['digits'].train, lambda _: None, variants(plan, config))
   state = jax.eval_shape(lambda: trainer.begin(method, (0, 1), None))
   assert state.step.shape == state.opt_state[0].step.shape == ()

@@ -74,7 +74,8 @@ def known_choices(strategy: StrategyConfig, total_steps: int, seed: int) -> np.n
   if strategy.name != 'random':
     return None
   when = _at_random(strategy, total_steps, seed)
-  return np.asarray(jax.vmap(lambda t: when.choose(t, t, None)[0])(jnp.arange(total_steps)))
+  with jax.ensure_compile_time_eval():  # a stage may be made while another program is traced
+    return np.asarray(jax.vmap(lambda t: when.choose(t, t, None)[0])(jnp.arange(total_steps)))
 
 
 def _at_random(strategy: StrategyConfig, total_steps: int, seed: int) -> When:
