@@ -120,31 +120,28 @@ class Study:
           found[place, method] = paired(values.tolist(), base.tolist())
     return _corrected(found)
 
-  def overall(self, against: str, figure: str, *, log: bool = False) -> dict[str, 'Difference']:
+  def overall(
+    self, against: str, figure: str, *, relative: bool = False
+  ) -> dict[str, 'Difference']:
     """Each trained method less another one, each seed's mean over all places: a family of tests.
 
     Args:
       against: the other method.
       figure: of what.
-      log: of its logarithm, for ratios; methods with a value that is not positive are left out.
+      relative: a difference counts in parts of the other method's mean at its place, so that all
+        places have the same weight; that mean must be positive.
 
     Returns:
       By method, with p by Holm over all of them.
     """
-
-    def at(method: str) -> np.ndarray | None:
-      rows = [self.values(place, method, figure) for place in self.places]
-      if any(row is None or (log and row.min() <= 0) for row in rows):
-        return None
-      table = np.stack([row for row in rows if row is not None])
-      return (np.log(table) if log else table).mean(0)
-
-    base = at(against)
+    base = [self.values(place, against, figure) for place in self.places]
+    if any(values is None or (relative and values.mean() <= 0) for values in base):
+      return {}
     found = {}
     for method in self.methods:
-      values = at(method)
-      if method not in (against, 'ptq') and values is not None and base is not None:
-        found[method] = paired(values.tolist(), base.tolist())
+      ours = [self.values(place, method, figure) for place in self.places]
+      if method not in (against, 'ptq') and all(values is not None for values in ours):
+        found[method] = paired(*(_mean_of(rows, base, relative) for rows in (ours, base)))
     return _corrected(found)
 
   def gradients(self, method: str) -> float:
@@ -227,6 +224,15 @@ def geometric_mean(values: Sequence[float]) -> float:
     exp of the mean logarithm.
   """
   return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def _mean_of(
+  rows: Sequence[np.ndarray | None], base: Sequence[np.ndarray | None], relative: bool
+) -> list[float]:
+  """Each seed's mean over the places, of which each is divided by its mean in `base` if asked."""
+  there = [(row, other) for row, other in zip(rows, base, strict=True) if row is not None]
+  scaled = [row / (other.mean() if relative and other is not None else 1.0) for row, other in there]
+  return [float(x) for x in np.mean(scaled, 0)]
 
 
 def _corrected(found: Mapping[Any, Paired]) -> dict[Any, Difference]:

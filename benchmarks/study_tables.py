@@ -38,6 +38,8 @@ def tables(study: Study) -> str:
       difference_table(study, places, 'saq', 'test_accuracy', 100, 2),
       'Test loss:',
       value_table(study, places, 'test_loss', 1, 3),
+      'Training loss, without augmentation, of the labels that were trained on:',
+      value_table(study, places, 'train_loss', 1, 3),
       f'Sharpness at radius {SHARPNESS_RHO:g}, and its ratio to that of QAT:',
       sharpness_table(study, places),
     ]
@@ -243,7 +245,7 @@ def _overall_ratio(study: Study, method: str, figure: str) -> str:
   ratios = [study.ratio(place, method, figure) for place in study.places]
   if any(ratio is None for ratio in ratios):
     return NONE
-  difference = study.overall('qat', figure).get(method)
+  difference = study.overall('qat', figure, relative=True).get(method)
   star = ' *' if difference is not None and difference.shown else ''
   return f'{geometric_mean([ratio for ratio in ratios if ratio is not None]):.2f}{star}'
 
@@ -263,8 +265,9 @@ def _how_to_read(study: Study) -> str:
     'all seeds. Sharpness is the rise of the mean training loss after one step of length '
     f'{SHARPNESS_RHO:g} along the gradient from the quantized weights; adaptive, the same with '
     f"ASAM's scaling, radius {ADAPTIVE_RHO:g} and eta {ADAPTIVE_ETA:g}. The ratio is the geometric "
-    'mean over the places of the ratio of means; its star is of the mean difference. Gradients a '
-    'step: '
-    'a gradient of the whole batch counts 1, of a part of it that part, and the forward pass by '
-    'which SDS chooses examples 1/3.'
+    "mean over the places of the ratio of means; its star is of the differences in parts of QAT's "
+    'mean at each place. In the columns of accuracy and loss places count by the size of their '
+    'differences, so that the hard digits decide most of them. Gradients a step: a gradient of the '
+    'whole batch counts 1, of a part of it that part, and the forward pass by which SDS chooses '
+    'examples 1/3.'
   )

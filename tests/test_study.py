@@ -289,7 +289,8 @@ def made_up():
 
   def runs(accuracy, sharpness, second):
     figures = {'test_accuracy': accuracy, 'sharpness': sharpness, 'second': [second] * 4}
-    more = {'test_loss': [0.5, 0.6, 0.7, 0.8], 'adaptive_sharpness': sharpness}
+    losses = [0.5, 0.6, 0.7, 0.8]
+    more = {'test_loss': losses, 'train_loss': losses, 'adaptive_sharpness': sharpness}
     return {'seeds': [0, 1, 2, 3], **figures, **more}
 
   value = {'runs': {}, 'choices': {}}
@@ -346,6 +347,11 @@ def test_all_places_together(made_up):
   assert set(found) == {'saq', 'interval'}
   want = np.array([3, 2, 3, 3]) - 5
   assert 100 * found['saq'].paired.difference.mean == pytest.approx(want.mean())
+  # QAT has 0.2 in both places: 0.3, 0.1, 0.2 and 0.1 are 0.5, -0.5, 0 and -0.5 of it more.
+  found = made_up.overall('qat', 'sharpness', relative=True)['interval'].paired.difference
+  assert found.mean == pytest.approx(-0.125)
+  half = stats.t.ppf(0.975, 3) * np.std([0.5, -0.5, 0, -0.5], ddof=1) / 2
+  assert found.high - found.mean == pytest.approx(half)
   row = next(r for r in overall_table(made_up).split('\n') if r.startswith('| SAQ (case 3)'))
   cells = [cell.strip() for cell in row.split('|')]
   assert cells[2].startswith('-2.25 ±')
