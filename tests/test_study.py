@@ -371,6 +371,16 @@ def test_the_report_draws_and_prints(made_up, tmp_path, capsys):
   assert plot.read_bytes().startswith(b'\x89PNG')
 
 
+def test_the_tables_in_the_docs_are_those_of_the_results():
+  value = json.loads(study._RESULTS.read_text(encoding='utf-8'))
+  text = (study._ROOT / 'docs' / 'study.md').read_text(encoding='utf-8')
+  assert tables(Study.from_json(value)).strip() in text
+  runs = [
+    f for bits in value['runs'].values() for methods in bits.values() for f in methods.values()
+  ]
+  assert {tuple(figures['seeds']) for figures in runs} == {FULL.final_seeds}
+
+
 @pytest.mark.parametrize('arguments', [[], ['--collect'], ['--work', 'x', '--part', '3/2']])
 def test_wrong_arguments(arguments):
   with pytest.raises(SystemExit):
