@@ -195,10 +195,10 @@ def spiking(workdir, digits_dir):
     '--config.float_stage.schedule=constant',
     '--config.quant_stage.epochs=1',
     '--config.methods=saq',
-    '--config.watch.spike_factor=1.4',
+    '--config.watch.spike_factor=1.3',
     '--config.watch.spike_steps=1',
     '--config.watch.retries=20',
-    '--config.watch.backoff=0.8',
+    '--config.watch.backoff=0.95',
   ]
 
 
@@ -215,7 +215,7 @@ def test_a_run_that_went_back_is_the_same_however_often_it_is_killed(
   assert lines[-1]['steps_back'] == times
   assert [line['step'] for line in lines if 'loss' in line] == list(range(1, 271))
   first = next(line['step'] for line in lines if 'steps_back' in line)
-  assert next(line['lr'] for line in lines if 'steps_back' in line) == pytest.approx(2 * 0.8)
+  assert next(line['lr'] for line in lines if 'steps_back' in line) == pytest.approx(2 * 0.95)
   # Stopped before it goes back at a step that is not due, then killed after each time it did.
   kills = (signal.SIGTERM, first - 15), (signal.SIGKILL, first + 8), (signal.SIGKILL, 262)
   for name, count in kills:
