@@ -162,7 +162,7 @@ def _one_line(error: jax.errors.JaxRuntimeError) -> str:
   if tells_of_a_peer(error):
     return f'another process of the run is gone ({words}): {again}'
   if _NO_MEMORY in str(error):
-    words += ' (a smaller data.batch_size, quant_stage.accumulate or model.remat: it needs less)'
+    words += ' (a smaller data.batch_size, a larger quant_stage.accumulate, or model.remat)'
   who = f'process {jax.process_index()}' if jax.process_count() > 1 else 'the run'
   return f'{who} cannot go on: {words}'
 

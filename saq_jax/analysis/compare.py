@@ -19,7 +19,7 @@ from saq_jax.data.datasets import Dataset
 from saq_jax.training.bounds import ConfigError
 from saq_jax.training.checkpoint import Checkpoints, restore_subtrees
 from saq_jax.training.config import ExperimentConfig
-from saq_jax.training.inputs import load_split, load_splits, require_enough
+from saq_jax.training.inputs import load_split, load_splits, parts_of_batch, require_enough
 from saq_jax.training.loop import DivergedError, PreemptedError
 from saq_jax.training.progress import Progress
 from saq_jax.training.signals import Stop
@@ -184,8 +184,7 @@ def _splits(config: ExperimentConfig) -> tuple[Dataset, Dataset, Dataset]:
   train, test = load_splits(config)
   require_enough(config, train)
   require_perturbed(config, train)
-  parts = math.lcm(config.float_stage.accumulate, config.quant_stage.accumulate)
-  if data.batch_size % parts:
+  if data.batch_size % (parts := parts_of_batch(config)):
     raise ConfigError(
       f'config.data.batch_size={data.batch_size}: must be a multiple of {parts}, for accumulate.'
     )

@@ -192,9 +192,8 @@ class Bookkeeping:
     if divergence := self._leg.losses.see(step, figures):
       self._log.write(step, figures)
       self._diverged(divergence)
-    if has_line(step, self._stage) or figures.get(
-      'damaged'
-    ):  # so that their sum is that of all images
+    damaged = figures.get('damaged')  # written always, so that their sum is that of all images
+    if damaged or has_line(step, self._stage):
       self._log.write(step, figures)
     self._progress.update(step, loss=figures['loss'], accuracy=figures['accuracy'])
 

@@ -91,12 +91,8 @@ def require_fitting_batches(config: ExperimentConfig, train: Dataset, mesh: Mesh
   """
   require_enough(config, train)
   data = config.data
-  parts = math.lcm(
-    config.float_stage.accumulate,
-    config.quant_stage.accumulate,
-  )
   try:
-    require_divisible(data.batch_size, mesh, 'config.data.batch_size', parts)
+    require_divisible(data.batch_size, mesh, 'config.data.batch_size', parts_of_batch(config))
     require_divisible(data.eval_batch_size, mesh, 'config.data.eval_batch_size')
     share, group = data.batch_size // mesh.size, config.saq.group_size
     if group and share % (group * config.quant_stage.accumulate):
@@ -107,6 +103,18 @@ def require_fitting_batches(config: ExperimentConfig, train: Dataset, mesh: Mesh
       )
   except ValueError as error:
     raise ConfigError(str(error)) from None
+
+
+def parts_of_batch(config: ExperimentConfig) -> int:
+  """What every stage's batch must be a multiple of for its `accumulate`.
+
+  Args:
+    config: the experiment.
+
+  Returns:
+    The least common multiple of both.
+  """
+  return math.lcm(config.float_stage.accumulate, config.quant_stage.accumulate)
 
 
 def mesh_of(config: ExperimentConfig) -> Mesh:
