@@ -28,13 +28,6 @@ WHOLE_VIT_TI = (
 # Two of its twelve blocks, which are alike: XLA's time grows with the square of their number.
 VIT_TI = dataclasses.replace(WHOLE_VIT_TI[0], depth=2), *WHOLE_VIT_TI[1:]
 CLASSES, BATCH = 10, 8
-# Compiled in a third of the time. The collectives are the same; the kernels are slower.
-QUICKLY = {
-  'xla_backend_optimization_level': 0,
-  'xla_llvm_disable_expensive_passes': True,
-  'xla_cpu_use_fusion_emitters': False,
-  'xla_cpu_parallel_codegen_split_count': 1,
-}
 
 
 def one_device():
@@ -59,7 +52,7 @@ def first_weights(which):
   Biases are not 0: a channel that is constant in a batch would then be at the edge of its ReLU, and
   the last bit of its mean would decide.
   """
-  state = jax.jit(lambda: beginning(which, optax.identity())).lower().compile(QUICKLY)()
+  state = jax.jit(lambda: beginning(which, optax.identity()))()
   params, stats = jax.device_get((state.params, state.batch_stats))
   rng = np.random.default_rng(0)
 
@@ -116,7 +109,7 @@ def _stepped(which, case, mesh, per_device=False, group_size=None, **how):
   )
   state = jax.device_put(state, placed)
   batch = jax.device_put(batch_of(which), over_batch(mesh))
-  compiled = step.lower(state, batch).compile(QUICKLY)
+  compiled = step.lower(state, batch).compile()
   new, metrics = compiled(state, batch)
   return jax.device_get(new.params), jax.device_get(metrics), compiled.as_text()
 

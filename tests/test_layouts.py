@@ -5,6 +5,7 @@ import os
 
 import jax
 import numpy as np
+import optimised
 import pytest
 from layouts import (
   PRERESNET,
@@ -96,9 +97,9 @@ def test_gathered_weights_are_the_quantized_ones(make, bits, shape):
   params = quantize.init({'kernel': rng.normal(size=shape).astype(np.float32), 'bias': np.ones(3)})
   layout = Layout(make_mesh(8), min_shard=1)
   placed = jax.device_put(params, layout.shardings(params))
-  gather = jax.jit(functools.partial(gather_weights, quantize, layout=layout, codes=True))
+  gather = optimised.jit(functools.partial(gather_weights, quantize, layout=layout, codes=True))
   compiled = gather.lower(placed).compile()
-  found, wanted = compiled(placed), jax.jit(quantize)(params)
+  found, wanted = compiled(placed), optimised.jit(quantize)(params)
   kernel = found['model']['kernel']
   assert kernel.sharding.is_fully_replicated
   if 'liq' in str(make).lower():

@@ -8,6 +8,7 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimised
 import pytest
 from hypothesis import strategies as st
 
@@ -73,7 +74,7 @@ def gradients(quantizer, x, scale):
   return vjp(jnp.ones_like(value))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(optimised.jit, static_argnums=(0, 1, 2, 3))
 def in_cases(cases, use, kind, signed, x, scales):
   """One compilation for many bit-widths and axes."""
   return [use(make(kind, signed, *case), x, scale_for(case[1], scales)) for case in cases]
@@ -113,7 +114,7 @@ def test_decoded_codes_are_the_fake_quantized_values(kind, signed, dtype, x, sca
 @pytest.mark.parametrize('kind', ['LSQ', 'LIQ', 'PACT'])
 def test_codes_next_to_a_threshold_do_not_depend_on_what_is_compiled(kind, signed):
   quantizer = make(kind, signed, 8)
-  call, code = jax.jit(quantizer), jax.jit(quantizer.encode)
+  call, code = optimised.jit(quantizer), optimised.jit(quantizer.encode)
   rng = np.random.default_rng(0)
   for scale in np.float32(rng.uniform(0.1, 5, 20)):
     steps = np.arange(-127.5, 128) if kind == 'LSQ' else np.linspace(-1, 1, 511)
@@ -198,7 +199,7 @@ def test_vmap_is_a_loop_and_jit_keeps_the_gradient(kind, signed, batch):
     np.testing.assert_allclose(got, np.stack(want), rtol=1e-5, atol=1e-5)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(optimised.jit, static_argnums=0)
 def batched_gradients(quantizer, batch, scale):
   return jax.vmap(functools.partial(gradients, quantizer), (0, None))(batch, scale)
 
