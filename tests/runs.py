@@ -13,6 +13,8 @@ from saq_jax.training.checkpoint import restore_subtrees
 from saq_jax.training.metrics import read_metrics
 
 PARTS = ('step', 'params', 'batch_stats', 'opt_state')
+# Seconds that a test waits for what should come: enough on a machine that is slow and busy.
+PATIENCE = 900
 
 
 def lines(path):
@@ -21,7 +23,7 @@ def lines(path):
 
 def wait_for_line(process, path, count):
   """Waits until a file of metrics has so many lines."""
-  deadline = time.monotonic() + 180
+  deadline = time.monotonic() + PATIENCE
   while lines(path) < count:
     assert process.poll() is None, f'it ended before line {count}: {process.stdout.read()}'
     assert time.monotonic() < deadline, 'it takes too long'
@@ -65,12 +67,12 @@ def processes(count, words, env):
       process.wait()
 
 
-def outputs(started, timeout=240):
+def outputs(started, timeout=PATIENCE):
   """What each printed, and its errors, once all have ended."""
   return [process.communicate(timeout=timeout) for process in started]
 
 
-def succeed(count, words, env, timeout=240):
+def succeed(count, words, env, timeout=PATIENCE):
   """Runs the processes of one run, which must end with code 0, and returns their outputs."""
   with processes(count, words, env) as started:
     told = outputs(started, timeout)

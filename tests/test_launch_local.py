@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from runs import PATIENCE
 
 LAUNCH = Path(__file__).parent.parent / 'launch'
 
@@ -67,7 +68,7 @@ class Local:
 
   def told(self, got=0):
     """What each process has written down, once all have, and have got so many signals."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while True:
       files = [self.folder / i for i in '012']
       told = [json.loads(file.read_text()) for file in files if file.exists()]
