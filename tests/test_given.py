@@ -95,8 +95,9 @@ def test_a_head_for_other_classes_begins_anew(hf_vit, tmp_path, capsys):
   state = begin(given, config, 7, (12, 12, 3))
   network = build_network(given.model, config.quant, 7)
   fresh = jax.jit(lambda: new_state(network, TX, 0, jnp.ones((2, 12, 12, 3))))()
-  np.testing.assert_array_equal(
-    state.params['model']['head']['kernel'], fresh.params['model']['head']['kernel']
+  # To the last bit or so: they are drawn in two programs.
+  np.testing.assert_allclose(
+    state.params['model']['head']['kernel'], fresh.params['model']['head']['kernel'], rtol=1e-6
   )
 
 
