@@ -67,3 +67,9 @@ def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 def user_env() -> dict[str, str]:
   """The environment of a user with one device, for processes that tests start."""
   return {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
+
+
+@pytest.fixture(scope='session')
+def quick_env(user_env: dict[str, str]) -> dict[str, str]:
+  """The same, where programs are compiled as quickly as in the tests: for many processes."""
+  return {**user_env, 'XLA_FLAGS': _QUICK}

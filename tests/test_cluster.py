@@ -214,23 +214,23 @@ def assert_tells_of_a_lost_peer(errors):
 
 
 def test_four_processes_are_one_run_through_a_stop_and_a_kill_of_one(
-  tmp_path, digits_dir, user_env
+  tmp_path, digits_dir, quick_env
 ):
   one, two = tmp_path / 'unbroken', tmp_path / 'broken'
   unbroken, broken = (words_of(workdir, digits_dir, count=FOUR) for workdir in (one, two))
-  told = succeed(FOUR, unbroken, user_env)
+  told = succeed(FOUR, unbroken, quick_env)
   # The first alone speaks, and writes the report.
   assert '/359' in told[0][0]
   said = [line for out, _ in told[1:] for line in out.splitlines()]
   assert not [line for line in said if not line.startswith('[Gloo]')]
   assert (one / 'report.md').exists()
-  with processes(FOUR, broken, user_env) as started:
+  with processes(FOUR, broken, quick_env) as started:
     wait_for_lines(started, two / 'float' / 'metrics.jsonl', 8)
     started[1].send_signal(signal.SIGTERM)
     told = outputs(started)
     assert [process.returncode for process in started] == [0] * FOUR, told
     assert "a signal to another process: saved stage 'float' at step" in told[0][0]
-  with processes(FOUR, broken, user_env) as started:
+  with processes(FOUR, broken, quick_env) as started:
     wait_for_lines(started, two / 'saq' / 'metrics.jsonl', 8)
     started[2].send_signal(signal.SIGKILL)
     killed = time.monotonic()
@@ -240,7 +240,7 @@ def test_four_processes_are_one_run_through_a_stop_and_a_kill_of_one(
       if process is not started[2]:
         assert process.returncode != 0
         assert_tells_of_a_lost_peer(errors)
-  succeed(FOUR, broken, user_env)
+  succeed(FOUR, broken, quick_env)
   for stage in ('float', 'saq'):
     assert_same_stage(one / stage, two / stage)
 
