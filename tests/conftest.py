@@ -33,11 +33,11 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 # The files that take longest, the longest first: a worker that begins one of them last keeps the
 # others waiting. pytest-xdist by itself begins with the files of the most tests.
 _LONGEST = (
-  'test_layouts', 'test_compare', 'test_divergence', 'test_resume', 'test_two_processes',
-  'test_flatness', 'test_main', 'test_strategies_devices', 'test_checkpoint_processes',
-  'test_chaos', 'test_hessian', 'test_configs', 'test_strategies', 'test_run_on_images',
-  'test_pretrained_run', 'test_study', 'test_mix', 'test_swin', 'test_vit', 'test_state',
-  'test_given_own', 'test_network', 'test_step',
+  'test_layouts', 'test_authors_steps', 'test_compare', 'test_divergence', 'test_cluster',
+  'test_run_on_images', 'test_resume', 'test_configs', 'test_main', 'test_pretrained_run',
+  'test_chaos', 'test_flatness', 'test_reference_steps', 'test_profile', 'test_passes',
+  'test_study', 'test_watch_stall', 'test_loader', 'test_checkpoint_damage', 'test_mobilenetv2',
+  'test_strategies_devices', 'test_two_processes', 'test_checkpoint_processes', 'test_hessian',
 )  # fmt: skip
 
 
