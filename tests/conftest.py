@@ -13,7 +13,8 @@ _CACHE = Path(os.environ.get('SAQ_TEST_CACHE', Path(tempfile.gettempdir()) / 'sa
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Programs are compiled in less than half the time, and run more slowly; where last bits matter,
-# optimised.py compiles them as users do, and processes that tests start are theirs altogether.
+# optimised.py compiles them as users do, and so do processes that tests start (`user_env`).
+# SAQ_TEST_OPTIMISED=1 is for all tests as users compile.
 _QUICK = (
   '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
   '--xla_cpu_use_fusion_emitters=false'

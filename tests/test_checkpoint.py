@@ -13,7 +13,6 @@ import pytest
 from absl import logging as absl_logging
 from checkpoint_states import KERNEL, State, assert_same_bits, make_state, save_steps
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from runs import PATIENCE
 
 from saq_jax.training import checkpoint_format
 from saq_jax.training.checkpoint import Checkpoints, find_checkpoint, restore, restore_subtrees
@@ -113,7 +112,7 @@ except (OSError, ValueError):
 def test_a_save_that_fails_is_not_silent(tmp_path, how):
   """A limit on the size of files stands for a full disk."""
   command = [sys.executable, '-c', FULL, str(tmp_path), how]
-  child = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+  child = subprocess.run(command, capture_output=True, text=True, timeout=60)
   assert child.stdout == 'failed\n', child.stderr
   with pytest.raises(ValueError, match='no checkpoint'):
     find_checkpoint(tmp_path)

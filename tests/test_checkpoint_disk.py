@@ -10,7 +10,6 @@ import types
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
-from runs import PATIENCE
 
 from saq_jax.training import checkpoint_disk
 from saq_jax.training.checkpoint import Checkpoints
@@ -69,7 +68,7 @@ except KeyError as error:
 
 def test_a_full_disk_is_survived_told_in_a_line_each_and_tried_again(tmp_path):
   command = [sys.executable, '-c', FULL, str(tmp_path / 'run')]
-  child = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+  child = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
   assert child.returncode == 0, child.stderr
   must, last = child.stdout.splitlines()
   reason = os.strerror(errno.EFBIG)
@@ -142,6 +141,6 @@ def test_a_first_save_that_fails_leaves_nothing(tmp_path, how):
     f'try:\n  checkpoints.{how}()\nexcept SaveError as error:\n  print(error)\n'
   )
   command = [sys.executable, '-c', script, str(tmp_path)]
-  child = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+  child = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
   assert 'The newest one: none.' in child.stdout, child.stderr
   assert list(tmp_path.iterdir()) == []

@@ -227,14 +227,14 @@ def test_four_processes_are_one_run_through_a_stop_and_a_kill_of_one(
   with processes(FOUR, broken, quick_env) as started:
     wait_for_lines(started, two / 'float' / 'metrics.jsonl', 8)
     started[1].send_signal(signal.SIGTERM)
-    told = outputs(started)
+    told = outputs(started, 60)
     assert [process.returncode for process in started] == [0] * FOUR, told
     assert "a signal to another process: saved stage 'float' at step" in told[0][0]
   with processes(FOUR, broken, quick_env) as started:
     wait_for_lines(started, two / 'saq' / 'metrics.jsonl', 8)
     started[2].send_signal(signal.SIGKILL)
     killed = time.monotonic()
-    told = outputs(started)
+    told = outputs(started, 120)
     assert time.monotonic() - killed < 100
     for process, (_, errors) in zip(started, told, strict=True):
       if process is not started[2]:
@@ -272,8 +272,7 @@ def test_what_fails_in_one_process_ends_both_soon(tmp_path, digits_dir, user_env
     return [sys.executable, '-c', FAILING, *given[3:]]
 
   with processes(COUNT, words, user_env) as started:
-    started[1].wait(PATIENCE)
-    (_, first), (_, second) = outputs(started, 100)
+    (_, first), (_, second) = outputs(started, 150)
   assert started[1].returncode == 1
   assert second.splitlines()[-1] == 'saq_jax: image 7 cannot be decoded'
   assert started[0].returncode != 0
@@ -283,7 +282,7 @@ def test_what_fails_in_one_process_ends_both_soon(tmp_path, digits_dir, user_env
 def test_processes_that_mean_different_runs_are_told_so(tmp_path, digits_dir, user_env):
   words = words_of(tmp_path / 'run', digits_dir, '--config.seed={index}')
   with processes(COUNT, words, user_env) as started:
-    told = outputs(started)
+    told = outputs(started, 120)
   for index, (_, errors) in enumerate(told):
     assert started[index].returncode == 2
     (line,) = [line for line in errors.splitlines() if line.startswith('saq_jax: ')]
@@ -305,5 +304,5 @@ time.sleep(20)
 def test_a_signal_while_starting_is_not_lost(user_env):
   words = sys.executable, '-c', MET
   with processes(COUNT, lambda *which: [*words, *which], user_env) as started:
-    outputs(started)
+    outputs(started, 60)
   assert [process.returncode for process in started] == [-signal.SIGTERM] * 2

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from runs import PATIENCE, assert_same_stage, wait_for_line
+from runs import assert_same_stage, wait_for_line
 from test_resume import command, start
 
 from saq_jax.training.bookkeeping import Bookkeeping, DivergedError, StepBackError
@@ -223,7 +223,7 @@ def test_a_run_that_went_back_is_the_same_however_often_it_is_killed(
     process = start(broken, digits_dir, user_env, spiking)
     wait_for_line(process, broken / 'float' / 'metrics.jsonl', count)
     process.send_signal(name)
-    process.communicate(timeout=PATIENCE)
+    process.communicate(timeout=60)
   subprocess.run(spiking(broken, digits_dir), check=True, capture_output=True, env=user_env)
   assert (whole / 'float' / 'metrics.jsonl').read_bytes() == (
     broken / 'float' / 'metrics.jsonl'

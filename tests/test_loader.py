@@ -13,7 +13,6 @@ import grain
 import numpy as np
 import pytest
 from local_datasets import prepare
-from runs import PATIENCE
 
 from saq_jax.data.datasets import Examples, load_records
 from saq_jax.data.decode import RecordError
@@ -124,7 +123,7 @@ def test_two_batches_are_transferred_before_they_are_asked_for():
   with Loader(slow(), 0, 100, lambda b: done.append(int(b['step'][0])), Reading(0)) as batches:
     iterator = iter(batches)
     next(iterator)
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + 30
     while len(done) < 4 and time.monotonic() < until:
       time.sleep(0.01)
     time.sleep(0.2)
@@ -221,7 +220,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
   assert len(pids) == 2
   parent.kill()
   parent.wait()
-  until = time.monotonic() + PATIENCE
+  until = time.monotonic() + 30
   while any(_runs(pid) for pid in pids) and time.monotonic() < until:
     time.sleep(0.1)
   assert not any(_runs(pid) for pid in pids)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from local_datasets import prepare
-from runs import PATIENCE, assert_same_stage, wait_for_line
+from runs import assert_same_stage, wait_for_line
 
 from saq_jax.training.metrics import read_metrics
 
@@ -84,7 +84,7 @@ def test_a_worker_dies_and_other_numbers_of_workers_go_on_to_the_same_bits(
   process = start(two, data_dir, '--config.data.workers=2', env=user_env)
   wait_for_line(process, two / 'float' / 'metrics.jsonl', 8)
   os.kill(workers_of(process.pid)[0], signal.SIGKILL)
-  _, errors = process.communicate(timeout=PATIENCE)
+  _, errors = process.communicate(timeout=120)
   assert process.returncode == 1
   line = next(line for line in errors.splitlines() if line.startswith('saq_jax: '))
   assert re.match(r'saq_jax: worker [01] of 2 \(process \d+\) died with exit code -9', line)
@@ -93,7 +93,7 @@ def test_a_worker_dies_and_other_numbers_of_workers_go_on_to_the_same_bits(
   process = start(two, data_dir, '--config.data.workers=1', env=user_env)
   wait_for_line(process, two / 'saq' / 'metrics.jsonl', 3)
   process.send_signal(signal.SIGTERM)
-  output, errors = process.communicate(timeout=PATIENCE)
+  output, errors = process.communicate(timeout=120)
   assert process.returncode == 0, errors
   assert "SIGTERM: saved stage 'saq' at step" in output
   done = finish(two, data_dir, '--config.data.workers=0', env=user_env)
@@ -120,7 +120,7 @@ def test_a_silent_worker_ends_the_run_in_time(tmp_path, data_dir, user_env):
   victim = workers_of(process.pid)[0]
   os.kill(victim, signal.SIGSTOP)
   began = time.monotonic()
-  _, errors = process.communicate(timeout=PATIENCE)
+  _, errors = process.communicate(timeout=120)
   assert time.monotonic() - began < 60
   assert process.returncode == 1
   assert re.search(rf'saq_jax: no batch for 5 s: worker [01] of 2 \(process {victim}\)', errors)

@@ -6,7 +6,6 @@ import sys
 import threading
 
 import pytest
-from runs import PATIENCE
 
 from saq_jax.training.signals import preemption
 
@@ -39,7 +38,7 @@ def start(*args):
 def test_one_signal_lets_the_run_end_by_itself(name):
   child = start()
   child.send_signal(getattr(signal, name))
-  out, err = child.communicate(timeout=PATIENCE)
+  out, err = child.communicate(timeout=30)
   assert (out, err, child.returncode) == (f'{name}\nsaved\n', '', 0)
 
 
@@ -51,7 +50,7 @@ def test_a_second_signal_kills(first, second):
   child.send_signal(getattr(signal, first))
   assert child.stdout.readline() == f'{first}\n'
   child.send_signal(getattr(signal, second))
-  out, err = child.communicate(timeout=PATIENCE)
+  out, err = child.communicate(timeout=30)
   assert out == ''
   assert child.returncode == -getattr(signal, second)
   assert ('KeyboardInterrupt' in err) == (second == 'SIGINT')

@@ -178,9 +178,9 @@ def test_remat_changes_no_value_and_no_gradient_and_every_parameter_learns():
   for name, grad in named_leaves(plain[0]).items():
     # A row of a kernel stays where its input rounds to zero in all of the few examples.
     # The bias of keys adds the same to all of a query's logits, which a softmax takes away: where
-    # no key is clipped, its gradient is rounding.
+    # no key is clipped, as in the last stage, its gradient is rounding.
     least = 0.6 if name.endswith('kernel') else 0.95
-    assert name.endswith('/k/bias') or np.mean(grad != 0) > least, name
+    assert name == 'stage1_0/attn/k/bias' or np.mean(grad != 0) > least, name
     assert np.all(np.isfinite(grad)), name
 
 
